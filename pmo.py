@@ -1,0 +1,1782 @@
+"""pmo: proximal policy optimisation (PPO) for language models, in one file.
+
+A language model is trained from preferences in three stages: supervised fine-tuning (SFT), a reward model, PPO.
+
+    python pmo.py                                    all of it, offline, in minutes, on a corpus every machine has
+    python pmo.py --help                             every flag with its meaning, symbol and source
+    PMO_IMPL=my_module pytest test_pmo.py            hold another implementation against the same laws
+
+PPO in a dozen lines (`ppo`, below, is these lines with names and checkpoints):
+
+    for update in range(num_updates):
+        responses = sample(policy, queries, temperature)                # roll out, up to and including EOS
+        scores = reward_model(queries, responses), read at EOS          # -1 where EOS is missing
+        rewards = -kl_coef * (logprobs - ref_logprobs), + score on the last token
+        advantages, returns = gae(rewards, values);  advantages = whiten(advantages)
+        for epoch in range(num_ppo_epochs):
+            for minibatch in a fresh permutation of the rollouts:
+                ratio = exp(new logprobs - old logprobs)
+                loss = -min(ratio * A, clip(ratio, 0.8, 1.2) * A) + vf_coef * clipped squared value error
+                step
+
+Departures from the code of [4], each because of a fault or for a reason given at the place:
+  1. the score is paid to the EOS action, not one slot after it;
+  2. a loss is divided once, by the token count of the whole minibatch, so that micro-batches cannot change it;
+  3. masks come from lengths, never from `token == pad_id`;
+  4. rows are padded on the right for scoring and training, so positions are right on every architecture;
+  5. old log-probabilities come from the same forward pass as the update's, so the first ratio is exactly 1;
+  6. SFT trains on the response (a flag adds the prompt), AdamW decays no weights, every statistic is masked;
+  7. reward whitening only scales; advantage whitening runs over the whole batch.
+
+Shapes: B rollouts, Q query tokens, T response tokens, V vocabulary, D width; () is a scalar.
+
+References: [1] Schulman et al. 2017, PPO, arXiv 1707.06347 · [2] Lambert, The RLHF Book · [3] Schulman et al. 2016,
+GAE, arXiv 1506.02438 · [4] Huang et al. 2024, The N+ Implementation Details of RLHF with PPO, arXiv 2403.17031 ·
+[5] Stiennon et al. 2020, Learning to summarize from human feedback, arXiv 2009.01325 · [6] Schulman et al. 2015, TRPO,
+arXiv 1502.05477 · [7] Lambert et al. 2024, Tulu 3, arXiv 2411.15124 · [8] Ouyang et al. 2022, InstructGPT, arXiv
+2203.02155. Tags [D1] to [D25] number the details that make it work; README lists each with its test.
+
+The file is named after an article that calls PPO *PMO* (proximal model optimisation). Its words, and the field's:
+TRMO = TRPO, VMG = VPG, GIE = GAE, GRMO = GRPO, AIHF = RLHF, AIVO = RLVR, CDP = MDP, model = policy, decision = action,
+word = token, observation = state, outcome = reward, future-outcome = reward-to-go, decision-value = Q,
+influence = advantage, evaluator = value model (critic), feedback model = reward model, operational history =
+trajectory, model ratio = importance ratio, time-weighting factor = discount.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import zlib
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# transformers and tokenizers are imported where they are used: `--help`, and copying the maths, need neither.
+
+
+# -----------------------------------------------------------------------------
+# config: what a run is. Every flag, its meaning, symbol and source; no code that acts.
+#
+# Defaults are those of the default run, minutes on two CPU cores. "Paper" is [4].
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message says what, where and why."""
+
+
+def refuse(condition: bool, message: str) -> None:
+    if condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Text: what is summarised. Without files, the docstrings of installed libraries are."""
+
+    train: Path | None = None
+    """Posts with summaries for training: JSON Lines with subreddit, title, post, summary."""
+    valid: Path | None = None
+    """The same for validation: held-out loss, samples on the way."""
+    test: Path | None = None
+    """The same for the evaluation at the end. Default: the validation file."""
+    comparisons_train: Path | None = None
+    """Human comparisons (OpenAI's JSON Lines: info, summaries, choice). Without them the labeler compares samples."""
+    comparisons_valid: Path | None = None
+    """The same for the reward model's accuracy."""
+    query_tokens: int = 56
+    """Longest query; longer posts lose paragraphs from their end [D2]. Paper: 512."""
+    response_tokens: int = 24
+    """Longest summary, EOS included. Paper: 53."""
+    comparison_tokens: int = 24
+    """Longest summary in comparisons, EOS included. Paper: 169."""
+    query_format: str = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+    """Query template [D1]."""
+
+    def __post_init__(self) -> None:
+        refuse(self.train is not None and self.valid is None, "--data.train needs --data.valid beside it")
+        refuse(
+            self.comparisons_train is not None and self.comparisons_valid is None,
+            "--data.comparisons-train needs --data.comparisons-valid beside it",
+        )
+        for name in ("query_tokens", "response_tokens", "comparison_tokens"):
+            refuse(getattr(self, name) < 2, f"--data.{name.replace('_', '-')} is {getattr(self, name)}, less than 2")
+        refuse("{post}" not in self.query_format, "--data.query-format has no {post} in it")
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """The base model, where no --model is given: a small GPT-NeoX (the architecture of Pythia [4]), from scratch."""
+
+    epochs: float = 1.0
+    """Passes over the training posts, next-token loss on everything. The response asked for is the title: it builds
+    copying, without which a model this small learns the style of summaries but not to look at the post."""
+    batch_size: int = 8
+    """Posts per step."""
+    lr: float = 3e-3
+    """Learning rate, constant."""
+    vocab_size: int = 4096
+    """V, entries of the byte-level BPE trained on the corpus."""
+    layers: int = 2
+    """Transformer blocks."""
+    width: int = 128
+    """D, size of the hidden states."""
+    heads: int = 4
+    """Attention heads."""
+
+    def __post_init__(self) -> None:
+        message = f"--pretrain.width {self.width} is not a multiple of --pretrain.heads {self.heads}"
+        refuse(self.width % self.heads != 0, message)
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Supervised fine-tuning on posts with summaries."""
+
+    epochs: float = 2.0
+    """Passes over the summaries. Paper: 1."""
+    batch_size: int = 8
+    """Examples per step. Paper: 128."""
+    lr: float = 3e-3
+    """Learning rate, cosine to 0. Paper: 3e-6."""
+    prompt_weight: float = 0.0
+    """Weight of the loss on the query's own tokens; 0 trains on the response alone [D6]. Paper's code: 1."""
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Preferences where there are no humans: the labeler compares samples of the SFT model."""
+
+    posts: int = 2500
+    """Training posts to sample for."""
+    samples: int = 4
+    """Samples per post at the PPO temperature; the labeler's best is compared with its worst."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """The reward model, from comparisons (Bradley-Terry) [5, section 3.4]."""
+
+    epochs: float = 1.0
+    """Passes over the comparisons. Paper: 1."""
+    pretraining_pairs: int = 5000
+    """First learn to prefer a post's own summary to another post's, on this many posts (preference model
+    pretraining, Askell et al. 2021, arXiv 2112.00861). Paper: 0."""
+    batch_size: int = 16
+    """Pairs per step. Paper: 64."""
+    lr: float = 1e-3
+    """Learning rate, cosine to 0. Paper: 3e-6."""
+
+
+@dataclass(frozen=True)
+class PPO:
+    """Proximal policy optimisation against the reward model."""
+
+    total_episodes: int = 3200
+    """Responses sampled in all. Paper: 1,000,000."""
+    batch_size: int = 128
+    """Responses sampled per update. Paper: 512."""
+    num_minibatches: int = 4
+    """Optimizer steps per epoch over a batch. Paper: 1."""
+    num_ppo_epochs: int = 2
+    """Epochs over each batch, K in [1], a fresh permutation each [D19]. Paper: 4."""
+    lr: float = 4e-4
+    """Learning rate of the policy, linear to 0. Paper: 3e-6."""
+    value_lr: float = 1e-3
+    """Learning rate of the value model. Paper: 3e-6."""
+    temperature: float = 0.7
+    """Sampling temperature; log-probabilities use it too [D13]. Paper: 0.7."""
+    kl_coef: float = 0.15
+    """Beta, price of one nat of KL to the SFT model [D15; 5, section 3.4]. Paper: 0.05."""
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    """Estimator of the KL (Schulman 2020). Default: k1 in the reward, k2 in the loss."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL is charged. In the loss k1 has no gradient in expectation. Paper: reward."""
+    gamma: float = 1.0
+    """Gamma, discount [D17]. Paper: 1."""
+    lam: float = 0.95
+    """Lambda of GAE [3; D17]. Paper: 0.95."""
+    cliprange: float = 0.2
+    """Epsilon of the clipped objective [1, eq. 7; D18]. Paper: 0.2."""
+    cliprange_value: float = 0.2
+    """Clip of the value around its rollout value [D18]. Paper: 0.2."""
+    vf_coef: float = 0.1
+    """Weight of the value loss [1, eq. 9; D18]. Paper: 0.1."""
+    value_model: Literal["separate", "shared"] = "separate"
+    """A model of its own that starts as the reward model [D10], or a head on the policy's trunk. Paper: separate."""
+    whiten_rewards: bool = False
+    """Scale the rewards to variance 1, mean unshifted [D16]. Paper: no."""
+    whiten_advantages: bool = True
+    """Advantages to mean 0, variance 1 over the batch [D16]. Paper: yes."""
+    missing_eos_score: float = -1.0
+    """Score of a response that does not end, in place of the model's [D12]. Paper: -1."""
+    average: Literal["token", "sequence"] = "token"
+    """Losses are means over all tokens, or over responses of their token means."""
+    sample_every: int = 5
+    """Updates between printed samples."""
+
+    @property
+    def num_updates(self) -> int:
+        return self.total_episodes // self.batch_size
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.batch_size // self.num_minibatches
+
+    @property
+    def kl_kind(self) -> Literal["k1", "k2", "k3"]:
+        return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k2")
+
+    def __post_init__(self) -> None:
+        refuse(
+            self.batch_size % self.num_minibatches != 0,
+            f"--ppo.batch-size {self.batch_size} is not a multiple of --ppo.num-minibatches {self.num_minibatches}",
+        )
+        refuse(
+            self.total_episodes < self.batch_size,
+            f"--ppo.total-episodes {self.total_episodes} is less than one batch, --ppo.batch-size {self.batch_size}",
+        )
+        refuse(self.temperature <= 0, f"--ppo.temperature is {self.temperature}, must be above 0")
+        for name in ("gamma", "lam"):
+            refuse(not 0 <= getattr(self, name) <= 1, f"--ppo.{name} is {getattr(self, name)}, must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Held-out evaluation of SFT and PPO [D24]."""
+
+    posts: int = 512
+    """Posts to summarise, at most."""
+    temperature: float = 0.01
+    """Sampling temperature, next to greedy. Paper: 0.01."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and how to compute."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """CUDA if there is a GPU."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of forward passes; weights are float32 always [D21]. auto: bfloat16 on a GPU, float32 on a CPU."""
+    micro_batch_size: int = 32
+    """Rows per forward and backward pass; changes memory and speed, not the result [D20]."""
+    sample_batch_size: int = 256
+    """Rows sampled together."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this norm; 0 never [D22]. Paper: none."""
+
+    def __post_init__(self) -> None:
+        refuse(min(self.micro_batch_size, self.sample_batch_size) < 1, "--compute batch sizes must be at least 1")
+
+
+STAGES = ("corpus", "pretrain", "sft", "compare", "reward", "ppo", "evaluate")
+
+
+@dataclass(frozen=True)
+class Config:
+    """PPO for language models: SFT, reward model, PPO, evaluation. Without flags: all of it on a CPU, in minutes."""
+
+    stages: tuple[Literal["corpus", "pretrain", "sft", "compare", "reward", "ppo", "evaluate"], ...] = STAGES
+    """Stages to run. corpus, pretrain and compare make what is not given: posts, a base model, comparisons."""
+    name: str | None = None
+    """Name of the run; it writes to {out}/{name}, which must not exist. Default: run-001, run-002, ..."""
+    out: Path = Path("runs")
+    """Folder of all runs."""
+    from_run: Path | None = None
+    """Folder of an earlier run; stands in for the data and models that this run's stages do not make."""
+    model: str | None = None
+    """Pretrained causal language model to start from: a transformers folder or Hub name. Default: a small new one."""
+    sft_model: str | None = None
+    """SFT model, instead of this run's or --from-run's."""
+    reward_model: str | None = None
+    """Reward model (AutoModelForSequenceClassification, one label), instead of this run's or --from-run's."""
+    seed: int = 1
+    """Seed of everything random: shuffles, samples, new weights [D25]."""
+    track: bool = False
+    """Write TensorBoard curves too (needs `pip install pmo[track]`)."""
+    data: Data = Data()
+    pretrain: Pretrain = Pretrain()
+    sft: SFT = SFT()
+    compare: Compare = Compare()
+    reward: Reward = Reward()
+    ppo: PPO = PPO()
+    evaluate: Evaluate = Evaluate()
+    compute: Compute = Compute()
+
+
+# -----------------------------------------------------------------------------
+# maths: tensors in, tensors out. No model, no tokenizer, no randomness, no I/O.
+#
+# Every mask is bool (B, T), a prefix of True in each row. What stands outside a
+# mask is ignored, NaN included, and comes back as 0. Inputs are never modified.
+
+
+def response_mask(
+    responses: Tensor,  # (B, T) the sampler's output, full width
+    eos_id: int,
+) -> Tensor:  # (B, T) bool
+    """True up to and including the first EOS; all True in a row without one [D3, D4].
+
+    What the sampler wrote after EOS is no part of the response, whatever it is. A pad id plays no role here.
+    """
+    is_eos = responses == eos_id
+    eos_before = is_eos.cumsum(1) - is_eos.long()
+    return eos_before == 0
+
+
+def length_mask(
+    lengths: Tensor,  # (B,)
+    T: int,
+) -> Tensor:  # (B, T) bool
+    """True on the first `lengths[b]` slots of row b [D3]."""
+    return torch.arange(T, device=lengths.device) < lengths[:, None]
+
+
+def penalize_missing_eos(
+    scores: Tensor,  # (B,)
+    has_eos: Tensor,  # (B,) bool
+    value: float,
+) -> Tensor:  # (B,)
+    """Replace (not lower) the score of a response that never ended [D12; 4, detail "EOS trick"]."""
+    return torch.where(has_eos, scores, torch.full_like(scores, value))
+
+
+def logprobs_of(
+    logits: Tensor,  # (B, T, V)
+    tokens: Tensor,  # (B, T)
+    temperature: float,
+) -> Tensor:  # (B, T)
+    """log softmax(logits / temperature)[token], in float32 (float64 stays float64).
+
+    The temperature is the one the tokens were sampled with: it defines the policy [D13; 4].
+    """
+    logits = _at_least_float32(logits) / temperature
+    return -F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+
+
+def entropy_of(
+    logits: Tensor,  # (B, T, V)
+    temperature: float,
+) -> Tensor:  # (B, T) nats
+    """H = −Σᵥ πᵥ log πᵥ of the tempered distribution π = softmax(logits / temperature) [D13]."""
+    logprobs = (_at_least_float32(logits) / temperature).log_softmax(-1)
+    # The clamp turns 0 · (−∞), a token that cannot be sampled, into 0.
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+
+
+def masked_mean(
+    x: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+) -> Tensor:  # ()
+    """Mean of x over the True slots."""
+    return x.masked_fill(~mask, 0).sum() / mask.sum()
+
+
+def whiten(
+    x: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+    shift_mean: bool = True,
+) -> Tensor:  # (B, T)
+    """(x − mean) / (std + 1e-8) over the mask, population variance; `shift_mean=False` gives x / (std + 1e-8).
+
+    Without the shift zero stays zero and signs stay, as whitened *rewards* should ([4]'s code adds the mean back
+    instead). Input without spread (std < 1e-6) is left unscaled: dividing would only blow up rounding errors [D16].
+    """
+    x = x.masked_fill(~mask, 0)
+    mean = masked_mean(x, mask)
+    mean = mean + masked_mean(x - mean, mask)  # a second pass removes the rounding error of the first
+    centered = (x - mean).masked_fill(~mask, 0)
+    std = masked_mean(centered.square(), mask).sqrt()
+    scale = torch.where(std < 1e-6, torch.ones_like(std), std + 1e-8)
+    return (centered if shift_mean else x) / scale
+
+
+def kl_estimate(
+    logprobs: Tensor,  # (B, T) log π of sampled tokens
+    ref_logprobs: Tensor,  # (B, T) log π_ref of the same tokens
+    kind: Literal["k1", "k2", "k3"] = "k1",
+) -> Tensor:  # (B, T)
+    """Estimates of KL(π ‖ π_ref) from single samples of π [Schulman 2020, "Approximating KL Divergence"].
+
+        k1 = log π − log π_ref        k2 = k1² / 2        k3 = π_ref / π − 1 + k1
+
+    k1 and k3 are unbiased; k2 is biased, of low variance; k2 and k3 are never negative.
+    """
+    k1 = logprobs - ref_logprobs
+    if kind == "k1":
+        return k1
+    return k1.square() / 2 if kind == "k2" else torch.expm1(-k1) + k1
+
+
+def token_rewards(
+    scores: Tensor,  # (B,)
+    kl: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+    kl_coef: float,
+) -> Tensor:  # (B, T)
+    """rₜ = −β klₜ on every response token, plus the score on the last one [D15; 5, §3.4; Ziegler et al. 2019, eq. 2].
+
+    The last response token is the EOS action itself: it earned the score. [4]'s code pays one slot later.
+    """
+    penalties = (-kl_coef * kl).masked_fill(~mask, 0)
+    last = mask.sum(1, keepdim=True) - 1
+    return penalties.scatter_add(1, last, scores[:, None].to(penalties.dtype))
+
+
+def gae(
+    rewards: Tensor,  # (B, T)
+    values: Tensor,  # (B, T) V of the state before token t
+    mask: Tensor,  # (B, T) bool
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:  # advantages (B, T), returns (B, T)
+    """Generalised advantage estimation [3, eq. 11–16].
+
+        δₜ = rₜ + γ Vₜ₊₁ − Vₜ        Aₜ = δₜ + γλ Aₜ₊₁        Rₜ = Aₜ + Vₜ
+
+    The response ends the episode: V and A are 0 after its last token. λ = 0 gives the TD residual, λ = 1 the
+    Monte-Carlo return minus V. Not whitened.
+    """
+    rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])
+    backwards = []
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = delta + gamma * lam * next_advantage
+        next_value = values[:, t]
+        backwards.append(next_advantage)
+    advantages = torch.stack(backwards[::-1], dim=1)
+    return advantages, advantages + values
+
+
+def policy_loss(
+    logprobs: Tensor,  # (B, T)
+    old_logprobs: Tensor,  # (B, T) of the policy that sampled
+    advantages: Tensor,  # (B, T)
+    cliprange: float,
+) -> Tensor:  # (B, T), unreduced
+    """−min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),  ρ = π / π_old [1, eq. 7].
+
+    The minimum is pessimistic: the clip removes the gradient only where the step would gain from going further.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
+    return -torch.min(ratio * advantages, clipped * advantages)
+
+
+def value_loss(
+    values: Tensor,  # (B, T)
+    old_values: Tensor,  # (B, T) at rollout time
+    returns: Tensor,  # (B, T)
+    cliprange_value: float,
+) -> Tensor:  # (B, T), unreduced
+    """½ max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²) [3; 4; the clip is OpenAI baselines']."""
+    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    return torch.max((values - returns).square(), (clipped - returns).square()) / 2
+
+
+def aggregate(
+    losses: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+    how: Literal["token", "sequence"] = "token",
+    normalizer: int | Tensor | None = None,
+) -> Tensor:  # ()
+    """One number: "token" is the mean over tokens, "sequence" the mean over rows of each row's token mean.
+
+    `normalizer` is the count (of tokens, of rows) in the whole minibatch, over all its micro-batches and processes;
+    results of the parts then add up to the result of the whole, and splitting never changes a gradient [D20].
+    """
+    losses = losses.masked_fill(~mask, 0)
+    if how == "token":
+        return losses.sum() / (mask.sum() if normalizer is None else normalizer)
+    rows = losses.sum(1) / mask.sum(1)
+    return rows.sum() / (len(rows) if normalizer is None else normalizer)
+
+
+def preference_loss(
+    chosen: Tensor,  # (B,)
+    rejected: Tensor,  # (B,)
+) -> Tensor:  # ()
+    """−log σ(chosen − rejected), the mean over pairs (Bradley–Terry) [5, §3.4]."""
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# -----------------------------------------------------------------------------
+# data: records, queries, responses, batches, the corpus and its labeler. No model, no device.
+
+
+class Post(NamedTuple):
+    """A text with the summary its author wrote, in the fields of the TL;DR data set [5]."""
+
+    subreddit: str
+    title: str
+    post: str
+    summary: str
+
+
+class Comparison(NamedTuple):
+    """Two summaries of a post, one preferred to the other; `kind` names the policies that wrote them."""
+
+    post: Post
+    chosen: str
+    rejected: str
+    kind: str
+
+
+def parse_post(record: dict) -> Post:
+    """A record of OpenAI's tldr_3_filtered files; a missing or non-text field is an InputError."""
+    for name in Post._fields:
+        refuse(not isinstance(record.get(name), str), f"field '{name}' is missing or not text")
+    return Post(*(record[name] for name in Post._fields))
+
+
+def parse_comparison(record: dict) -> Comparison:
+    """A record of OpenAI's comparison files: info, summaries (two, each with a text), choice (0 or 1)."""
+    info, summaries, choice = record.get("info"), record.get("summaries"), record.get("choice")
+    refuse(not isinstance(info, dict), "field 'info' is missing or not an object")
+    texts = [s.get("text") if isinstance(s, dict) else None for s in summaries] if isinstance(summaries, list) else []
+    refuse(len(texts) != 2 or not all(isinstance(t, str) for t in texts), "field 'summaries' is not two texts")
+    refuse(choice not in (0, 1), f"field 'choice' is {choice!r}, must be 0 or 1")
+    kind = " vs ".join(sorted(str(s.get("policy", "unknown")) for s in summaries))
+    return Comparison(parse_post({**info, "summary": ""}), texts[choice], texts[1 - choice], kind)
+
+
+def read_records(path: Path, parse: Callable[[dict], NamedTuple]) -> list:
+    """Parse a JSON Lines file; an InputError names file, line and field."""
+    records = []
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                try:
+                    record = json.loads(line)
+                    refuse(not isinstance(record, dict), "not a JSON object")
+                    records.append(parse(record))
+                except ValueError as error:
+                    raise InputError(f"{path}, line {number}: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}") from None
+    refuse(not records, f"{path}: no records")
+    return records
+
+
+def write_records(path: Path, records: Sequence[dict]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def truncate_post(post: str, fits: Callable[[str], bool]) -> str:
+    """Cut at the last newline while it does not fit; with none left, drop characters from the end [D2; 5, 4].
+
+    `fits` must stay true when the text gets shorter: then the cut can be found by bisection, and a post of a
+    megabyte takes twenty tests, not a million. InputError if not even the empty post fits.
+    """
+    if fits(post):
+        return post
+    refuse(not fits(""), "even an empty post does not fit: title and template are too long")
+    newlines = [i for i, character in enumerate(post) if character == "\n"]
+    fitting = bisect_left(newlines, True, key=lambda cut: not fits(post[:cut]))
+    if fitting:
+        return post[: newlines[fitting - 1]]
+    longest = newlines[0] if newlines else len(post)
+    return post[: bisect_left(range(longest), True, key=lambda cut: not fits(post[:cut])) - 1]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Between text and token ids. Text never becomes a special token, not even text that spells one."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data: Data = Data()
+
+    @property
+    def eos_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids if texts else []
+
+    def queries(self, posts: Sequence[Post]) -> list[list[int]]:
+        """Formatted posts [D1], cut at a paragraph where they exceed `query_tokens` [D2]."""
+        limit, template = self.data.query_tokens, self.data.query_format
+
+        def tokens(post: Post, text: str) -> list[int]:
+            return self.encode([template.format(**post._replace(post=text)._asdict())])[0]
+
+        queries = self.encode([template.format(**post._asdict()) for post in posts])
+        for i, post in enumerate(posts):
+            if len(queries[i]) > limit:
+                queries[i] = tokens(post, truncate_post(post.post, lambda text: len(tokens(post, text)) <= limit))
+        return queries
+
+    def responses(self, summaries: Sequence[str]) -> list[list[int]]:
+        """One space, the summary, EOS [D1, D4]. Never cut: a cut response would lose its EOS."""
+        return [[*tokens, self.eos_id] for tokens in self.encode([" " + summary.strip() for summary in summaries])]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Queries and responses as token ids. Lengths live in the rows; no pad id can be mistaken for anything [D3]."""
+
+    queries: list[list[int]]
+    responses: list[list[int]]  # up to and including EOS, where there is one
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def __getitem__(self, rows: Sequence[int]) -> Batch:
+        return Batch([self.queries[i] for i in rows], [self.responses[i] for i in rows])
+
+    def __add__(self, other: Batch) -> Batch:
+        return Batch(self.queries + other.queries, self.responses + other.responses)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(query) + len(response) for query, response in zip(self.queries, self.responses)]
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(map(len, self.responses))
+
+    def whole_as_response(self) -> Batch:
+        """The same rows, cut after their first token: every later token is then predicted, the query's too."""
+        return Batch([q[:1] for q in self.queries], [q[1:] + r for q, r in zip(self.queries, self.responses)])
+
+
+class Layout(NamedTuple):
+    """A batch as tensors, for scoring and training."""
+
+    tokens: Tensor  # (B, W) query, response, padding, contiguous
+    index: Tensor  # (B, T) where the model has read everything before response token t
+    responses: Tensor  # (B, T)
+    mask: Tensor  # (B, T) bool, True on response tokens
+
+
+def lay_out(batch: Batch, device: torch.device | str = "cpu") -> Layout:
+    """Pad on the right: causal models then need neither attention mask nor position ids [D5].
+
+    No real token can see the padding behind it, so any valid id will do there [D3].
+    """
+    tokens = pad_right([q + r for q, r in zip(batch.queries, batch.responses)], device)
+    responses = pad_right(batch.responses, device)
+    T = responses.shape[1]
+    mask = length_mask(torch.tensor([len(r) for r in batch.responses], device=device), T)
+    before = torch.tensor([len(q) - 1 for q in batch.queries], device=device)
+    index = before[:, None] + torch.arange(T, device=device)
+    return Layout(tokens, index.clamp(max=tokens.shape[1] - 1), responses, mask)
+
+
+def pad_right(rows: list[list[int]], device: torch.device | str) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+
+
+def micro_batches(lengths: Sequence[int], rows: Sequence[int], size: int) -> list[list[int]]:
+    """Deal rows into groups of similar length: less padding, same result, since losses divide once [D20]."""
+    ordered = sorted(rows, key=lambda i: lengths[i])
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def rng(seed: int, purpose: str, *address: int) -> np.random.Generator:
+    """Randomness by address: it depends on the seed, what it is for and where, on nothing drawn before [D25]."""
+    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *address])
+
+
+def shuffled(seed: int, purpose: str, n: int, start: int, stop: int) -> list[int]:
+    """Positions start to stop of an endless sequence of permutations of range(n), a fresh one each epoch [D19, D25]."""
+    epochs = range(start // n, (stop - 1) // n + 1)
+    order = np.concatenate([rng(seed, purpose, epoch).permutation(n) for epoch in epochs])
+    first = epochs.start * n
+    return order[start - first : stop - first].tolist()
+
+
+# The corpus of the default run: functions and classes document themselves in one line (the summary), then in
+# paragraphs (the post). PEP 257 asks for exactly this, so the data set lies on every machine that can run this file.
+LIBRARIES = ("python", "torch", "transformers", "numpy", "sympy", "networkx", "huggingface_hub")
+NAME_OR_DOCSTRING = re.compile(r'\b(?:def|class)\s+(\w+)|:[ \t]*(?:#[^\n]*)?\n[ \t]*[rRuU]?"""(.*?)"""', re.DOTALL)
+NOT_PROSE = re.compile(r">>>|\.\. |(examples?|references?|see also|notes?)\b|[^\n]*\n[-=~]{3,}", re.IGNORECASE)
+
+
+def docstrings() -> Iterator[tuple[str, Post]]:
+    """Pairs of file and post: subreddit = library, title = the name in words, summary = first line, post = the rest."""
+    for library in LIBRARIES:
+        spec = importlib.util.find_spec(library) if library != "python" else None
+        root = Path(sysconfig.get_path("stdlib") if spec is None else spec.submodule_search_locations[0])
+        for path in sorted(root.rglob("*.py")):
+            place = path.relative_to(root)
+            if {"site-packages", "dist-packages", "test", "tests"} & set(place.parts):
+                continue
+            name = ""
+            for match in NAME_OR_DOCSTRING.finditer(path.read_text(encoding="utf-8", errors="ignore")):
+                name = match[1] or name
+                if match[2]:
+                    first, *rest = re.split(r"\n\s*\n", inspect.cleandoc(match[2]))
+                    body = "\n\n".join(part.strip() for part in rest if not NOT_PROSE.match(part.strip()))
+                    title = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).replace("_", " ").lower()
+                    yield f"{library}/{place}", Post(library, " ".join(title.split()), body, " ".join(first.split()))
+
+
+def is_good_summary(summary: str) -> bool:
+    return 20 <= len(summary) <= 80 and len(summary.split()) >= 4 and summary[0].isupper() and summary[-1] == "."
+
+
+def build_corpus(seed_posts: Iterator[tuple[str, Post]]) -> dict[str, list[Post]]:
+    """Posts by file, without near-duplicates: the same summary but for identifiers, or the same first letters."""
+    seen: set[str] = set()
+    files: dict[str, list[Post]] = {}
+    for file, post in seed_posts:
+        if not is_good_summary(post.summary) or len(post.post.split()) < 8:
+            continue
+        words_alone = re.sub(r"`[^`]*`|\w*[A-Z0-9_]\w*|\W+", " ", post.summary[1:])
+        keys = {" ".join(words_alone.split()), re.sub(r"\W+", "", post.post)[:60].lower()}
+        if not keys & seen:
+            files.setdefault(file, []).append(post._replace(post=truncate_post(post.post, lambda text: len(text) <= 240)))
+        seen |= keys
+    return files
+
+
+class Labeler:
+    """The default run's stand-in for the human: which of two summaries is more about *this* post?
+
+    TF-IDF cosine between summary and post (title counted twice), document frequencies from the training posts. Words
+    that fit every post weigh next to nothing, so style earns nothing: on another post a summary scores about 0.
+    Scores make comparisons and judge the end result; reward model and PPO never see them.
+    """
+
+    def __init__(self, posts: Sequence[Post]) -> None:
+        self.posts = len(posts)
+        self.seen_in = Counter(word for post in posts for word in set(self.words(post)))
+
+    @staticmethod
+    def words(text: str | Post) -> list[str]:
+        if isinstance(text, Post):
+            text = f"{text.title} {text.title} {text.post}"
+        return [word[:6] for word in re.findall(r"[a-z]{2,}", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).lower())]
+
+    def weights(self, words: list[str]) -> dict[str, float]:
+        """Unit vector of (1 + log tf) · log(0.1 · N / df); words in over a tenth of the posts weigh nothing."""
+        idf = {word: max(0.0, math.log(0.1 * (self.posts + 1) / (self.seen_in[word] + 1))) for word in words}
+        raw = {word: (1 + math.log(count)) * idf[word] for word, count in Counter(words).items()}
+        norm = math.sqrt(sum(x * x for x in raw.values())) or 1.0
+        return {word: x / norm for word, x in raw.items()}
+
+    def score(self, post: Post, summary: str) -> float:
+        """Cosine similarity in [0, 1]."""
+        about = self.weights(self.words(post))
+        return sum(weight * about.get(word, 0.0) for word, weight in self.weights(self.words(summary)).items())
+
+
+def rouge_l(summary: str, reference: str) -> float:
+    """ROUGE-L F1: longest common subsequence of words, over the mean of both lengths [Lin 2004]."""
+    a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (summary, reference))
+    row = [0] * (len(b) + 1)
+    for word in a:
+        previous = row
+        row = [0]
+        for j, other in enumerate(b):
+            row.append(previous[j] + 1 if word == other else max(previous[j + 1], row[j]))
+    return 2 * row[-1] / max(1, len(a) + len(b))
+
+
+# -----------------------------------------------------------------------------
+# models: policy, scalar heads, forward passes, sampling. No losses, no training.
+
+
+def train_tokenizer(posts: Sequence[Post], template: str, vocab_size: int) -> PreTrainedTokenizerBase:
+    """Byte-level BPE with an EOS and a pad token of its own; each fixed piece of the template is one token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((text for post in posts for text in (post.title, post.post, " " + post.summary)), trainer)
+    bpe.add_tokens([literal for literal, *_ in Formatter().parse(template) if literal])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|padding|>")
+
+
+@torch.no_grad()
+def small_model(size: Pretrain, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
+    """A GPT-NeoX that learns from scratch in minutes, with the weights of `seed`."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        intermediate_size=4 * size.width,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = GPTNeoXForCausalLM(config)
+    for i, (name, weight) in enumerate(model.named_parameters()):
+        if weight.dim() == 2:
+            noise = rng(seed, "small model", i).standard_normal(weight.shape, dtype=np.float32)
+            weight.copy_((0.08 if "embed" in name else 0.05) * torch.from_numpy(noise))
+    return model
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    refuse(tokenizer.eos_token_id is None, f"{folder}: the tokenizer has no EOS token, and responses must end with one")
+    return tokenizer
+
+
+def load_policy(folder: str | Path) -> PreTrainedModel:
+    """A causal language model, weights in float32 [D21], dropout off: it stays in eval mode, always [D11]."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+class ScalarModel(nn.Module):
+    """One number per position, w·h + b, on a transformers decoder: reward model and value model.
+
+    It wraps AutoModelForSequenceClassification with one label, whose head has no bias. A reward model's b is fixed at
+    −offset (see `center`) and saved as `score_offset` in the folder's config [D9]; a value model's b is trained [D10].
+    """
+
+    def __init__(self, classifier: PreTrainedModel, train_bias: bool = False) -> None:
+        super().__init__()
+        self.classifier = classifier
+        offset = float(getattr(classifier.config, "score_offset", 0.0))
+        self.bias = nn.Parameter(torch.tensor(-offset), requires_grad=train_bias)
+
+    @classmethod
+    def load(cls, folder: str | Path, train_bias: bool = False) -> ScalarModel:
+        from transformers import AutoModelForSequenceClassification
+
+        auto = AutoModelForSequenceClassification
+        return cls(auto.from_pretrained(folder, num_labels=1, dtype=torch.float32).eval(), train_bias)
+
+    @torch.no_grad()
+    def reset_head(self, generator: np.random.Generator | None) -> ScalarModel:
+        """New head w ~ N(0, 1/√(D+1)) [D7; 5]; zeros without a generator."""
+        weight = self.classifier.score.weight
+        noise = np.zeros(weight.shape) if generator is None else generator.standard_normal(weight.shape)
+        weight.copy_(torch.from_numpy(noise / math.sqrt(weight.shape[1] + 1)))
+        return self
+
+    def forward(self, layout: Layout) -> Tensor:  # (B, T) of the state before each response token
+        return self.at(layout.tokens, layout.index)
+
+    def scores(self, layout: Layout) -> Tensor:  # (B,) read at the last response token, EOS [D8]
+        last = layout.index[:, :1] + layout.mask.sum(1, keepdim=True)
+        return self.at(layout.tokens, last).squeeze(1)
+
+    def at(self, tokens: Tensor, index: Tensor) -> Tensor:
+        hidden = self.classifier.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+        return self.classifier.score(take(hidden, index)).squeeze(-1).float() + self.bias
+
+    @torch.no_grad()
+    def center(self, mean_score: float) -> None:
+        """Move scores so that what scored `mean_score` on average now averages 0. Twice changes nothing [D9; 5]."""
+        self.bias -= mean_score
+
+    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.classifier.config.score_offset = -self.bias.item()
+        save_model(self.classifier, tokenizer, folder)
+
+
+class ValueHead(nn.Module):
+    """The alternative to a value model of its own: a linear head, zero at first, on the policy's hidden states."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:  # (B, T, D) -> (B, T)
+        return self.linear(hidden).squeeze(-1).float()
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A plain transformers folder. Its pad id is in range and not EOS, so that transformers' own sequence
+    classification, which reads the last token that is not padding, reads the score at EOS [D3]."""
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if pad is None or pad == eos or pad >= model.config.vocab_size:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0 if eos != 0 else 1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = eos
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def take(hidden: Tensor, index: Tensor) -> Tensor:  # (B, W, D), (B, T) -> (B, T, D)
+    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+
+@contextmanager
+def head_at(policy: PreTrainedModel, index: Tensor) -> Iterator[list[Tensor]]:
+    """Inside, the vocabulary head sees positions `index` (B, T) only; yields a list that receives its input (B, T, D).
+
+    The head is the widest layer, and most positions are query. Selecting where the hidden states enter it, rather
+    than calling it ourselves, keeps whatever else the model does to its logits (scaling, soft-capping).
+    """
+    entered: list[Tensor] = []
+
+    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        entered.append(take(args[0], index))
+        return (entered[-1], *args[1:])
+
+    hook = policy.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield entered
+    finally:
+        hook.remove()
+
+
+def response_logits(policy: PreTrainedModel, layout: Layout) -> tuple[Tensor, Tensor]:  # (B, T, V), (B, T, D)
+    """Logits that predict each response token, and the hidden states they come from."""
+    with head_at(policy, layout.index) as entered:
+        logits = policy(input_ids=layout.tokens, use_cache=False).logits
+    return logits, entered[0]
+
+
+def logits_and_values(
+    policy: PreTrainedModel, value_model: ScalarModel | ValueHead, layout: Layout
+) -> tuple[Tensor, Tensor]:  # (B, T, V), (B, T)
+    logits, hidden = response_logits(policy, layout)
+    values = value_model(hidden) if isinstance(value_model, ValueHead) else value_model(layout)
+    return logits, values
+
+
+@torch.no_grad()
+def map_rows(batch: Batch, engine: Engine, function: Callable[[Layout], Sequence[Tensor]]) -> list[Tensor]:
+    """`function` of every row, in micro-batches of similar length, without gradient.
+
+    It maps a layout to tensors (b,) or (b, t); the results come back in the batch's order, (B,) or (B, T), with 0 in
+    padding whatever the function left there.
+    """
+    results: list[Tensor] = []
+    T = max(map(len, batch.responses))
+    for rows in micro_batches(batch.lengths, range(len(batch)), engine.micro_batch_size):
+        layout = lay_out(batch[rows], engine.device)
+        with engine.autocast():
+            parts = function(layout)
+        if not results:
+            results = [part.new_zeros((len(batch), T)[: part.dim()]) for part in parts]
+        for result, part in zip(results, parts):
+            if part.dim() == 1:
+                result[rows] = part
+            else:
+                result[rows, : part.shape[1]] = part.masked_fill(~layout.mask, 0)
+    return results
+
+
+def response_logprobs(policy: PreTrainedModel, layout: Layout, temperature: float) -> Tensor:  # (B, T)
+    return logprobs_of(response_logits(policy, layout)[0], layout.responses, temperature)
+
+
+def noise(seed: int, purpose: str, episodes: Sequence[int], T: int) -> Tensor:  # (B, T) in [0, 1)
+    """The numbers that decide what is sampled, addressed by the episode's global index [D25]."""
+    return torch.from_numpy(np.stack([rng(seed, purpose, i).random(T, dtype=np.float32) for i in episodes]))
+
+
+def sample(
+    policy: PreTrainedModel,
+    queries: list[list[int]],
+    uniforms: Tensor,  # (B, T) in [0, 1)
+    temperature: float,
+    eos_id: int,
+    engine: Engine,
+) -> list[list[int]]:
+    """A response per query from softmax(logits / temperature), nothing cut or warped, up to and including EOS."""
+    blocks = chunks(range(len(queries)), engine.sample_batch_size)
+    parts = (sample_block(policy, [queries[i] for i in b], uniforms[b], temperature, eos_id, engine) for b in blocks)
+    return [response for part in parts for response in part]
+
+
+@torch.no_grad()
+def sample_block(
+    policy: PreTrainedModel, queries: list[list[int]], uniforms: Tensor, temperature: float, eos_id: int, engine: Engine
+) -> list[list[int]]:
+    """Token t of row b is where `uniforms[b, t]` falls in the cumulative distribution: the only randomness, so that a
+    response does not depend on its neighbours [D25]. Here alone queries are padded on the left [D5]."""
+    T, Q = uniforms.shape[1], max(map(len, queries))
+    tokens = torch.tensor([[0] * (Q - len(q)) + q for q in queries], device=engine.device)
+    attention = torch.tensor([[0] * (Q - len(q)) + [1] * len(q) for q in queries], device=engine.device)
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    last = torch.full((len(queries), 1), Q - 1, device=engine.device)
+    uniforms = uniforms.to(engine.device)
+    ended = torch.zeros_like(last, dtype=torch.bool)
+    cache, written = None, []
+    while len(written) < T and not ended.all():
+        with engine.autocast(), head_at(policy, last):
+            output = policy(
+                input_ids=tokens,
+                attention_mask=attention,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache = output.past_key_values
+        cumulative = (output.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)
+        threshold = uniforms[:, len(written), None] * cumulative[:, -1:]
+        # right=True: a token of probability 0 is never chosen; the clamp guards against rounding at the far end.
+        tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=cumulative.shape[1] - 1)
+        written.append(tokens)
+        ended |= tokens == eos_id
+        positions = positions[:, -1:] + 1
+        attention = torch.cat([attention, torch.ones_like(tokens)], dim=1)
+        last = torch.zeros_like(last)
+    responses = torch.cat(written, dim=1)
+    lengths = response_mask(responses, eos_id).sum(1).tolist()
+    return [response[:length] for response, length in zip(responses.tolist(), lengths)]
+
+
+
+# -----------------------------------------------------------------------------
+# stages: what a run does, in order. Each reads files and folders and writes files and folders.
+
+# How every stage takes a step: a list of minibatches, each cut into micro-batches, a function that gives a
+# micro-batch's share of the minibatch's loss and statistics, and one optimizer step for the sum.
+
+
+def chunks(rows: Sequence[int], size: int) -> list[list[int]]:
+    return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+def adamw(*groups: dict) -> torch.optim.AdamW:
+    """AdamW, eps 1e-5, no weight decay [D21; 4]. Each group names its parameters and learning rate."""
+    groups = [group | {"initial_lr": group["lr"]} for group in groups]
+    return torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def warmup(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / steps)
+
+
+def cosine(progress: float) -> float:
+    """1 at the start, 0 at the end."""
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+def optimizer_step(
+    engine: Engine,
+    optimizer: torch.optim.Optimizer,
+    groups: list[list[int]],
+    losses: Callable[[list[int]], dict[str, Tensor]],
+) -> dict[str, float]:
+    """One step on a minibatch given as micro-batches.
+
+    `losses(rows)` returns the micro-batch's share of each statistic, "loss" among them, divided by the count of the
+    whole minibatch: so gradients and statistics of the parts simply add up [D20].
+    """
+    optimizer.zero_grad()
+    totals: dict[str, Tensor] = {}
+    for rows in groups:
+        with engine.autocast():
+            shares = losses(rows)
+        shares["loss"].backward()
+        totals = {name: totals.get(name, 0.0) + share.detach() for name, share in shares.items()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    totals["grad_norm"] = nn.utils.clip_grad_norm_(parameters, engine.max_grad_norm or math.inf)
+    statistics = {name: float(total) for name, total in totals.items()}
+    for name in ("loss", "grad_norm"):
+        refuse(not math.isfinite(statistics[name]), f"{name} is {statistics[name]}, no step taken; try a lower lr [D22]")
+    optimizer.step()
+    return statistics | {"lr": optimizer.param_groups[0]["lr"]}
+
+
+def corpus(run: Run) -> None:
+    """Posts from docstrings, where the user brings none. Whole files go to one split, so that siblings stay together."""
+    if run.config.data.train is not None:
+        return
+    files = build_corpus(docstrings())
+    refuse(len(files) < 100, f"docstrings of {', '.join(LIBRARIES)}: only {len(files)} usable files")
+    names = sorted(files)
+    unused = [files[names[i]] for i in rng(0, "split").permutation(len(names))]
+    for split, size in (("test", 512), ("valid", 512), ("train", None)):
+        posts: list[Post] = []
+        while unused and (size is None or len(posts) < size):
+            posts += unused.pop()
+        write_records(run.new("data") / f"{split}.jsonl", [post._asdict() for post in posts[:size]])
+        run.say(f"{len(posts[:size]):,} {split} posts")
+
+
+def pretrain(run: Run) -> None:
+    """A tokenizer and a base model that can copy, where the user brings no pretrained model."""
+    config = run.config
+    if config.model is not None:
+        return
+    posts = run.posts("train")
+    tokenizer = train_tokenizer(posts, config.data.query_format, config.pretrain.vocab_size)
+    codec, model = Codec(tokenizer, config.data), small_model(config.pretrain, tokenizer, config.seed).to(run.engine.device)
+    titles = Batch(codec.queries(posts), codec.responses([post.title for post in posts]))
+    train_language_model(run, "pretrain", model, titles, config.pretrain, prompt_weight=1.0, schedule=lambda progress: 1.0)
+    save_model(model, tokenizer, run.new("base"))
+
+
+def sft(run: Run) -> None:
+    """Supervised fine-tuning: −log π(summary and EOS | query) [D4, D6]."""
+    config, codec = run.config.sft, run.codec(run.base)
+    model = load_policy(run.base).to(run.engine.device)
+    train, valid = run.examples("train", codec), run.examples("valid", codec)
+    train_language_model(run, "sft", model, train, config, config.prompt_weight, cosine)
+    right = held_out_loss(model, valid, run.engine)
+    wrong = held_out_loss(model, exchange_responses(valid), run.engine)
+    run.log("sft", "end", {"valid/loss": right, "valid/loss_other_post": wrong})
+    run.say(f"held-out loss {right:.3f} nats per token, {wrong:.3f} with another post's summary")
+    save_model(model, codec.tokenizer, run.new("sft"))
+
+
+def train_language_model(
+    run: Run,
+    stage: str,
+    model: PreTrainedModel,
+    batch: Batch,
+    config: Pretrain | SFT,
+    prompt_weight: float,
+    schedule: Callable[[float], float],
+) -> None:
+    order = shuffled(run.config.seed, stage, len(batch), 0, round(config.epochs * len(batch)))
+    steps = chunks(order, config.batch_size)
+    optimizer = adamw({"params": model.parameters(), "lr": config.lr})
+    for step in run.steps(stage, len(steps)):
+        set_lr(optimizer, warmup(step, 50) * schedule(step / len(steps)))
+        minibatch = batch[steps[step]]
+        groups = micro_batches(minibatch.lengths, range(len(minibatch)), run.engine.micro_batch_size)
+        losses = partial(language_model_losses, model, minibatch, prompt_weight, run.engine)
+        run.log(stage, step, optimizer_step(run.engine, optimizer, groups, losses))
+
+
+def language_model_losses(
+    model: PreTrainedModel, minibatch: Batch, prompt_weight: float, engine: Engine, rows: list[int]
+) -> dict[str, Tensor]:
+    """Shares of the minibatch's loss: mean over response tokens + prompt_weight · mean over query tokens [D6]."""
+    part = minibatch[rows]
+    layout = lay_out(part.whole_as_response() if prompt_weight else part, engine.device)
+    losses = -response_logprobs(model, layout, temperature=1.0)
+    query_lengths = torch.tensor([len(q) - 1 for q in part.queries], device=engine.device) * bool(prompt_weight)
+    of_query = length_mask(query_lengths, losses.shape[1])
+    response_loss = aggregate(losses, layout.mask & ~of_query, "token", minibatch.response_tokens)
+    query_loss = aggregate(losses, of_query, "token", sum(len(q) - 1 for q in minibatch.queries))
+    return {"loss": response_loss + prompt_weight * query_loss, "loss/response": response_loss, "loss/query": query_loss}
+
+
+def held_out_loss(model: PreTrainedModel, batch: Batch, engine: Engine) -> float:
+    """Nats per response token."""
+    (logprobs,) = map_rows(batch, engine, lambda layout: [response_logprobs(model, layout, temperature=1.0)])
+    return -logprobs.sum().item() / batch.response_tokens
+
+
+def exchange_responses(batch: Batch) -> Batch:
+    """Every query with the next post's response: a summarizer must find these much worse."""
+    return Batch(batch.queries, batch.responses[1:] + batch.responses[:1])
+
+
+def compare(run: Run) -> None:
+    """Comparisons where the user has none: the labeler judges samples of the SFT model."""
+    config, seed = run.config, run.config.seed
+    if config.data.comparisons_train is not None:
+        return
+    codec, policy = run.codec(run.sft_model), load_policy(run.sft_model).to(run.engine.device)
+    labeler = Labeler(run.posts("train"))
+    for split, limit in (("train", config.compare.posts), ("valid", None)):
+        posts = run.posts(split)
+        posts = [posts[i] for i in rng(seed, f"compare {split}").permutation(len(posts))[:limit]]
+        queries = codec.queries(posts)
+        drafts: list[list[str]] = []
+        for k in run.steps(f"compare {split}", config.compare.samples):
+            uniforms = noise(seed, f"compare {split} {k}", range(len(posts)), config.data.response_tokens)
+            responses = sample(policy, queries, uniforms, config.ppo.temperature, codec.eos_id, run.engine)
+            drafts.append([codec.text(response) for response in responses])
+        records = []
+        for i, post in enumerate(posts):
+            ranked = sorted((draft[i] for draft in drafts), key=partial(labeler.score, post))
+            stranger = drafts[0][(i + 1) % len(posts)]
+            records += judge(labeler, post, ("sft", ranked[-1]), ("sft", ranked[0]), flip=i % 2 == 1)
+            records += judge(labeler, post, ("sft", drafts[0][i]), ("other post", stranger), flip=i % 2 == 0)
+        refuse(not records, f"the labeler saw no difference between any two samples for the {split} posts")
+        write_records(run.new("data") / f"comparisons_{split}.jsonl", records)
+        run.say(f"{len(records):,} {split} comparisons from {len(posts):,} posts, ties dropped")
+
+
+def judge(labeler: Labeler, post: Post, a: tuple[str, str], b: tuple[str, str], flip: bool) -> list[dict]:
+    """The labeler's comparison of two (policy, text) as a record of OpenAI's format; none if it is a tie."""
+    summaries = [b, a] if flip else [a, b]
+    scores = [labeler.score(post, text) for _, text in summaries]
+    if scores[0] == scores[1]:
+        return []
+    info = {"subreddit": post.subreddit, "title": post.title, "post": post.post}
+    candidates = [{"policy": policy, "text": text} for policy, text in summaries]
+    return [{"info": info, "summaries": candidates, "choice": int(scores[1] > scores[0])}]
+
+
+def reward(run: Run) -> None:
+    """The reward model: −log σ(score of chosen − score of rejected) [5, §3.4], then centred [D9]."""
+    config, engine, seed = run.config.reward, run.engine, run.config.seed
+    codec = run.codec(run.sft_model)
+    model = ScalarModel.load(run.sft_model).reset_head(rng(seed, "reward head")).to(engine.device)
+    summaries = run.examples("train", codec)
+    own = summaries[shuffled(seed, "pretraining", len(summaries), 0, min(len(summaries), config.pretraining_pairs))]
+    chosen, rejected, _ = run.pairs("train", codec)
+    order = shuffled(seed, "reward", len(chosen), 0, round(config.epochs * len(chosen)))
+    order = [*range(len(own)), *(len(own) + i for i in order)]
+    chosen, rejected = own + chosen, exchange_responses(own) + rejected
+    lengths = list(map(max, chosen.lengths, rejected.lengths))
+    steps = chunks(order, config.batch_size)
+    optimizer = adamw({"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr})
+    for step in run.steps("reward", len(steps)):
+        set_lr(optimizer, warmup(step, 20) * cosine(step / len(steps)))
+        groups = micro_batches(lengths, steps[step], engine.micro_batch_size)
+        losses = partial(reward_losses, model, chosen, rejected, len(steps[step]), engine)
+        run.log("reward", step, optimizer_step(engine, optimizer, groups, losses))
+    model.center(scores_of(model, summaries, engine).mean().item())
+    accuracies = reward_accuracies(model, run.pairs("valid", codec), engine)
+    run.log("reward", "end", {f"valid/accuracy {kind}": accuracy for kind, accuracy in accuracies.items()})
+    run.say("held-out accuracy: " + ", ".join(f"{kind} {accuracy:.3f}" for kind, accuracy in accuracies.items()))
+    model.save(run.new("reward"), codec.tokenizer)
+
+
+def reward_losses(
+    model: ScalarModel, chosen: Batch, rejected: Batch, pairs: int, engine: Engine, rows: list[int]
+) -> dict[str, Tensor]:
+    """Shares of the minibatch's loss and accuracy; a tie counts half [D8]."""
+    better, worse = model.scores(lay_out(chosen[rows] + rejected[rows], engine.device)).chunk(2)
+    share = len(rows) / pairs
+    return {
+        "loss": preference_loss(better, worse) * share,
+        "accuracy": win_rate(better, worse) * share,
+        "margin": (better - worse).mean() * share,
+    }
+
+
+def scores_of(model: ScalarModel, batch: Batch, engine: Engine) -> Tensor:  # (B,)
+    return map_rows(batch, engine, lambda layout: [model.scores(layout)])[0]
+
+
+def win_rate(a: Tensor, b: Tensor) -> Tensor:
+    """Share of places where a > b; ties count ½."""
+    return ((a > b).float() + (a == b).float() / 2).mean()
+
+
+def reward_accuracies(model: ScalarModel, pairs: tuple[Batch, Batch, list[str]], engine: Engine) -> dict[str, float]:
+    """Share of pairs ranked as the judge ranked them, overall and by the policies that wrote the two summaries."""
+    chosen, rejected, kinds = pairs
+    better, worse = scores_of(model, chosen, engine), scores_of(model, rejected, engine)
+    accuracies = {"all": win_rate(better, worse).item()}
+    for kind in sorted(set(kinds)):
+        rows = [i for i, k in enumerate(kinds) if k == kind]
+        accuracies[kind] = win_rate(better[rows], worse[rows]).item()
+    return accuracies
+
+
+@dataclass(frozen=True)
+class Models:
+    """The four models of PPO; two learn, two are frozen."""
+
+    policy: PreTrainedModel
+    value_model: ScalarModel | ValueHead
+    ref_policy: PreTrainedModel
+    reward_model: ScalarModel
+
+
+class Rollout(NamedTuple):
+    """A batch of episodes: what was written, and what the models of that moment thought of it. 0 in padding."""
+
+    batch: Batch
+    mask: Tensor  # (B, T) bool
+    logprobs: Tensor  # (B, T) of the policy that sampled, by a training forward pass [D14]
+    ref_logprobs: Tensor  # (B, T)
+    entropy: Tensor  # (B, T)
+    values: Tensor  # (B, T)
+    scores: Tensor  # (B,) the reward model's
+    has_eos: Tensor  # (B,) bool
+
+
+def ppo(run: Run) -> None:
+    """Proximal policy optimisation against the reward model [1; 4]."""
+    config, engine, seed, T = run.config.ppo, run.engine, run.config.seed, run.config.data.response_tokens
+    codec, models = run.codec(run.sft_model), load_models(run)
+    queries, valid = codec.queries(run.posts("train")), run.posts("valid")
+    optimizer = adamw(
+        {"params": models.policy.parameters(), "lr": config.lr},
+        {"params": models.value_model.parameters(), "lr": config.value_lr},
+    )
+    for update in run.steps("ppo", config.num_updates):
+        set_lr(optimizer, 1 - update / config.num_updates)
+        episodes = range(update * config.batch_size, (update + 1) * config.batch_size)
+        prompts = [queries[i] for i in shuffled(seed, "episodes", len(queries), episodes.start, episodes.stop)]
+        rollout = roll_out(models, prompts, noise(seed, "episodes", episodes, T), codec.eos_id, config, engine)
+        rewards = shape_rewards(rollout, config)
+        advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.lam)
+        if config.whiten_advantages:
+            advantages = whiten(advantages, rollout.mask)
+        steps = []
+        for epoch in range(config.num_ppo_epochs):
+            order = rng(seed, "minibatches", update, epoch).permutation(config.batch_size).tolist()
+            for minibatch in chunks(order, config.minibatch_size):
+                groups = micro_batches(rollout.batch.lengths, minibatch, engine.micro_batch_size)
+                losses = partial(ppo_losses, models, rollout, advantages, returns, minibatch, config, engine)
+                steps.append(optimizer_step(engine, optimizer, groups, losses))
+        run.log("ppo", update, rollout_statistics(rollout, rewards, config) | step_statistics(steps))
+        if update % config.sample_every == 0:
+            show_sample(run, update, valid, codec, models)
+    save_model(models.policy, codec.tokenizer, run.new("ppo"))
+
+
+def load_models(run: Run) -> Models:
+    """Policy and reference from SFT; value model from the reward model [D10]."""
+    policy, ref_policy = load_policy(run.sft_model), load_policy(run.sft_model).requires_grad_(False)
+    reward_model = ScalarModel.load(run.reward_model).requires_grad_(False)
+    if run.config.ppo.value_model == "shared":
+        value_model = ValueHead(policy.get_output_embeddings().weight.shape[1])
+    else:
+        value_model = ScalarModel.load(run.reward_model, train_bias=True)
+    to = run.engine.device
+    return Models(policy.to(to), value_model.to(to), ref_policy.to(to), reward_model.to(to))
+
+
+def roll_out(
+    models: Models, queries: list[list[int]], uniforms: Tensor, eos_id: int, config: PPO, engine: Engine
+) -> Rollout:
+    """Sample a response to each query and look at it with all four models."""
+    temperature = config.temperature
+    batch = Batch(queries, sample(models.policy, queries, uniforms, temperature, eos_id, engine))
+
+    def policy_and_value(layout: Layout) -> list[Tensor]:
+        logits, values = logits_and_values(models.policy, models.value_model, layout)
+        return [logprobs_of(logits, layout.responses, temperature), entropy_of(logits, temperature), values]
+
+    def reference_and_score(layout: Layout) -> list[Tensor]:
+        ref_logprobs = response_logprobs(models.ref_policy, layout, temperature)
+        return [ref_logprobs, models.reward_model.scores(layout)]
+
+    logprobs, entropy, values = map_rows(batch, engine, policy_and_value)
+    ref_logprobs, scores = map_rows(batch, engine, reference_and_score)
+    lengths = torch.tensor([len(response) for response in batch.responses], device=engine.device)
+    has_eos = torch.tensor([response[-1] == eos_id for response in batch.responses], device=engine.device)
+    mask = length_mask(lengths, logprobs.shape[1])
+    return Rollout(batch, mask, logprobs, ref_logprobs, entropy, values, scores, has_eos)
+
+
+def shape_rewards(rollout: Rollout, config: PPO) -> Tensor:  # (B, T)
+    """Score at EOS [D12] minus the price of KL [D15], scaled if asked [D16]."""
+    scores = penalize_missing_eos(rollout.scores, rollout.has_eos, config.missing_eos_score)
+    kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_kind)
+    rewards = token_rewards(scores, kl, rollout.mask, config.kl_coef if config.kl_in == "reward" else 0.0)
+    return whiten(rewards, rollout.mask, shift_mean=False) if config.whiten_rewards else rewards
+
+
+def ppo_losses(
+    models: Models,
+    rollout: Rollout,
+    advantages: Tensor,  # (B, T)
+    returns: Tensor,  # (B, T)
+    minibatch: list[int],
+    config: PPO,
+    engine: Engine,
+    rows: list[int],
+) -> dict[str, Tensor]:
+    """A micro-batch's shares of the minibatch's loss and statistics [1, eq. 9; D20]."""
+    layout = lay_out(rollout.batch[rows], engine.device)
+    T = layout.mask.shape[1]
+    logits, values = logits_and_values(models.policy, models.value_model, layout)
+    # Zeroed padding first: what stands there must not meet exp() or a square, whose NaN gradients no mask removes.
+    logprobs = logprobs_of(logits, layout.responses, config.temperature).masked_fill(~layout.mask, 0)
+    values = values.masked_fill(~layout.mask, 0)
+    old_logprobs, old_values = rollout.logprobs[rows, :T], rollout.values[rows, :T]
+    policy_losses = policy_loss(logprobs, old_logprobs, advantages[rows, :T], config.cliprange)
+    value_losses = value_loss(values, old_values, returns[rows, :T], config.cliprange_value)
+
+    count = rollout.mask[minibatch].sum() if config.average == "token" else len(minibatch)
+    share = partial(aggregate, mask=layout.mask, how=config.average, normalizer=count)
+    loss = share(policy_losses) + config.vf_coef * share(value_losses)
+    if config.kl_in == "loss":
+        loss = loss + config.kl_coef * share(kl_estimate(logprobs, rollout.ref_logprobs[rows, :T], config.kl_kind))
+    with torch.no_grad():
+        log_ratio = logprobs - old_logprobs
+        unclipped = -log_ratio.exp() * advantages[rows, :T]
+        return {
+            "loss": loss,
+            "loss/policy": share(policy_losses),
+            "loss/value": share(value_losses),
+            "policy/approxkl": share(log_ratio.square() / 2),
+            "policy/clipfrac": share((policy_losses > unclipped).float()),
+            "val/clipfrac": share((2 * value_losses > (values - returns[rows, :T]).square()).float()),
+            "val/ratio": share(log_ratio.exp()),
+            "policy/abs_log_ratio": share(log_ratio.abs()),
+        }
+
+
+def rollout_statistics(rollout: Rollout, rewards: Tensor, config: PPO) -> dict[str, float]:
+    """What [4] logs of a rollout; `objective/` are means over responses of sums over their tokens [D23]."""
+    kl = rollout.logprobs - rollout.ref_logprobs
+    return {
+        "objective/scores": rollout.scores.mean().item(),
+        "objective/kl": kl.sum(1).mean().item(),
+        "objective/entropy": rollout.entropy.sum(1).mean().item(),
+        "objective/non_score_reward": -config.kl_coef * kl.sum(1).mean().item(),
+        "objective/rlhf_reward": rewards.sum(1).mean().item(),
+        "policy/entropy": masked_mean(rollout.entropy, rollout.mask).item(),
+        "val/num_eos_tokens": rollout.has_eos.sum().item(),
+        "val/eos_rate": rollout.has_eos.float().mean().item(),
+        "val/response_tokens": rollout.mask.sum(1).float().mean().item(),
+    }
+
+
+def step_statistics(steps: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the optimizer steps of an update; `first_` is before the first step, where π is still π_old [D14]."""
+    means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    first = {f"policy/first_{name}": steps[0][f"policy/{name}"] for name in ("approxkl", "abs_log_ratio")}
+    return means | first
+
+
+def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: Models) -> None:
+    """One validation post: the author's line, SFT's and the policy's next-to-greedy summaries, with scores."""
+    post = posts[update % len(posts)]
+    queries = codec.queries([post])
+    uniforms = noise(run.config.seed, "show", [update], run.config.data.response_tokens)
+    record = {"update": update, "subreddit": post.subreddit, "title": post.title, "post": post.post}
+    for name, policy in (("author", None), ("sft", models.ref_policy), ("ppo", models.policy)):
+        if policy is None:
+            responses = codec.responses([post.summary])
+        else:
+            responses = sample(policy, queries, uniforms, run.config.evaluate.temperature, codec.eos_id, run.engine)
+        record[name] = codec.text(responses[0])
+        record[f"{name}_score"] = scores_of(models.reward_model, Batch(queries, responses), run.engine).item()
+    run.save_sample(record)
+
+
+def evaluate(run: Run) -> None:
+    """SFT, PPO and the author side by side, with the controls that keep the verdict honest [D24]."""
+    config, engine, seed = run.config, run.engine, run.config.seed
+    codec, labeler = run.codec(run.sft_model), Labeler(run.posts("train"))
+    posts = run.posts("test")[: config.evaluate.posts]
+    queries = codec.queries(posts)
+    reward_model = ScalarModel.load(run.reward_model).to(engine.device)
+    mark = partial(marks, posts, queries, labeler, reward_model, codec, engine)
+    uniforms = noise(seed, "evaluate", range(len(posts)), config.data.response_tokens)
+    texts = {"author": [post.summary for post in posts]}
+    results = {"author": mark(codec.responses(texts["author"]))}
+    for name, folder in (("SFT", run.sft_model), ("PPO", run.ppo_model)):
+        policy = load_policy(folder).to(engine.device)
+        for temperature in (config.evaluate.temperature, config.ppo.temperature):
+            responses = sample(policy, queries, uniforms, temperature, codec.eos_id, engine)
+            texts[f"{name} T={temperature}"] = [codec.text(response) for response in responses]
+            results[f"{name} T={temperature}"] = mark(responses)
+    report(run, posts, texts, results)
+
+
+def marks(
+    posts: list[Post],
+    queries: list[list[int]],
+    labeler: Labeler,
+    reward_model: ScalarModel,
+    codec: Codec,
+    engine: Engine,
+    responses: list[list[int]],
+) -> dict[str, np.ndarray]:
+    """Marks (N,) of one writer's responses; `other` are those against the next post: style without summary."""
+    texts, others = [codec.text(response) for response in responses], posts[1:] + posts[:1]
+    return {
+        "score": scores_of(reward_model, Batch(queries, responses), engine).cpu().numpy(),
+        "labeler": np.array([labeler.score(post, text) for post, text in zip(posts, texts)]),
+        "labeler_other": np.array([labeler.score(post, text) for post, text in zip(others, texts)]),
+        "rouge_l": np.array([rouge_l(text, post.summary) for post, text in zip(posts, texts)]),
+        "rouge_l_other": np.array([rouge_l(text, post.summary) for post, text in zip(others, texts)]),
+        "eos": np.array([float(response[-1] == codec.eos_id) for response in responses]),
+        "tokens": np.array([float(len(response)) for response in responses]),
+    }
+
+
+def mean_and_interval(x: np.ndarray) -> tuple[float, float]:
+    """Mean and half-width of its 95% interval (normal approximation over posts)."""
+    return float(x.mean()), float(1.96 * x.std() / math.sqrt(len(x)))
+
+
+def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """1 where a is better, 0 where worse, ½ where equal."""
+    return (a > b) + (a == b) / 2
+
+
+def report(run: Run, posts: list[Post], texts: dict[str, list[str]], results: dict[str, dict[str, np.ndarray]]) -> None:
+    """Table, controls, verdict, samples; eval.json."""
+    cold, warm = (f"T={t}" for t in (run.config.evaluate.temperature, run.config.ppo.temperature))
+    names = list(next(iter(results.values())))
+    run.say(f"{'':12}" + "".join(f"{name:>15}" for name in names))
+    for writer, row in results.items():
+        run.say(f"{writer:12}" + "".join(f"{row[name].mean():15.3f}" for name in names))
+    figures = {}
+    for a, b in ((f"PPO {cold}", f"SFT {cold}"), (f"PPO {warm}", f"SFT {warm}"), (f"PPO {warm}", f"SFT {cold}"), (f"PPO {cold}", "author")):
+        x, y = results[a], results[b]
+        figures[f"{a} against {b}"] = pair = {
+            "win_rate": mean_and_interval(wins(x["labeler"], y["labeler"])),
+            "margin_gain": mean_and_interval(x["labeler"] - x["labeler_other"] - y["labeler"] + y["labeler_other"]),
+            "rouge_l_gain": mean_and_interval(x["rouge_l"] - y["rouge_l"]),
+        }
+        run.say(f"{a} against {b}: " + ", ".join(f"{name} {m:+.3f} ± {h:.3f}" for name, (m, h) in pair.items()))
+    summary = verdict(figures[f"PPO {cold} against SFT {cold}"], len(posts))
+    run.say(summary)
+    means = {writer: {name: float(x.mean()) for name, x in row.items()} for writer, row in results.items()}
+    record = {"posts": len(posts), "means": means, "comparisons": figures, "verdict": summary}
+    (run.folder / "eval.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def verdict(figures: dict[str, tuple[float, float]], posts: int) -> str:
+    """Two sentences that claim no more than the intervals allow."""
+
+    def moved(name: str, neutral: float, words: tuple[str, str, str]) -> str:
+        mean, half = figures[name]
+        return words[0] if mean - half > neutral else words[2] if mean + half < neutral else words[1]
+
+    better = moved("win_rate", 0.5, ("is preferred to", "cannot be told from", "is worse than"))
+    margin = moved("margin_gain", 0.0, ("more about this post", "no more about this post", "less about this post"))
+    rouge = moved("rouge_l_gain", 0.0, ("rose", "did not move measurably", "fell"))
+    win, half = figures["win_rate"]
+    return (
+        f"Greedy PPO {better} greedy SFT by the labeler that made the preferences: {win:.1%} ± {half:.1%} of {posts} posts. "
+        f"Its summaries are {margin} than SFT's; ROUGE-L with the author's line, which nobody optimised, {rouge}."
+    )
+
+
+# -----------------------------------------------------------------------------
+# runtime: device, folders, log, screen. No algorithm.
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where and in what pieces models run."""
+
+    device: torch.device = torch.device("cpu")
+    bfloat16: bool = False
+    micro_batch_size: int = 32
+    sample_batch_size: int = 256
+    max_grad_norm: float = 1.0
+
+    @classmethod
+    def start(cls, compute: Compute) -> Engine:
+        available = torch.cuda.is_available()
+        refuse(compute.device == "cuda" and not available, "--compute.device cuda: PyTorch sees no CUDA device")
+        device = torch.device("cuda" if available and compute.device != "cpu" else "cpu")
+        bfloat16 = compute.precision == "bfloat16" or (compute.precision == "auto" and device.type == "cuda")
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = True  # what is not bfloat16 may use the matrix units too
+        return cls(device, bfloat16, compute.micro_batch_size, compute.sample_batch_size, compute.max_grad_norm)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+
+class Run:
+    """A run's folder, log and screen."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.engine = config, Engine.start(config.compute)
+        self.folder = fresh_folder(config.out, config.name)
+        self.started, self.seconds = time.monotonic(), {}
+        (self.folder / "config.json").write_text(json.dumps(provenance(config), indent=2, default=str) + "\n")
+        self.writer = None
+        if config.track:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise InputError("--track needs TensorBoard: pip install 'pmo[track]'") from None
+            self.writer = SummaryWriter(self.folder)
+        self.bar = tqdm(disable=True)
+
+    # where things are
+
+    def new(self, name: str) -> Path:
+        """A subfolder of this run, to write to."""
+        (self.folder / name).mkdir(exist_ok=True)
+        return self.folder / name
+
+    def find(self, name: str, remedy: str) -> Path:
+        """A subfolder of this run or of --from-run, to read from."""
+        for folder in (self.folder, self.config.from_run):
+            if folder is not None and (folder / name).is_dir():
+                return folder / name
+        raise InputError(f"no {name}/ in {self.folder}{f' or {self.config.from_run}' if self.config.from_run else ''}: {remedy}")
+
+    @property
+    def base(self) -> str | Path:
+        return self.config.model or self.find("base", "run stage corpus, or give --model")
+
+    @property
+    def sft_model(self) -> str | Path:
+        return self.config.sft_model or self.find("sft", "run stage sft, or give --sft-model or --from-run")
+
+    @property
+    def reward_model(self) -> str | Path:
+        return self.config.reward_model or self.find("reward", "run stage reward, or give --reward-model or --from-run")
+
+    @property
+    def ppo_model(self) -> Path:
+        return self.find("ppo", "run stage ppo, or give --from-run")
+
+    def codec(self, folder: str | Path) -> Codec:
+        return Codec(load_tokenizer(folder), self.config.data)
+
+    def posts(self, split: str) -> list[Post]:
+        data = self.config.data
+        given = {"train": data.train, "valid": data.valid, "test": data.test or data.valid}[split]
+        return read_records(given or self.find("data", "run stage corpus, or give --data.train") / f"{split}.jsonl", parse_post)
+
+    def examples(self, split: str, codec: Codec, response_of: Callable[[Post], str] = lambda post: post.summary) -> Batch:
+        """Posts with responses; a response that would lose its EOS to the length limit is left out, and counted [D4]."""
+        posts = self.posts(split)
+        batch = Batch(codec.queries(posts), codec.responses([response_of(post) for post in posts]))
+        limit = self.config.data.response_tokens
+        rows = [i for i, response in enumerate(batch.responses) if len(response) <= limit]
+        if len(rows) < len(batch):
+            self.say(f"left out {len(batch) - len(rows):,} of {len(batch):,} {split} summaries: more than {limit} tokens")
+        refuse(not rows, f"no {split} summary fits --data.response-tokens {limit}")
+        return batch[rows]
+
+    def pairs(self, split: str, codec: Codec) -> tuple[Batch, Batch, list[str]]:
+        """Chosen, rejected, and which policies wrote them; pairs that do not fit are left out, and counted."""
+        data = self.config.data
+        given = {"train": data.comparisons_train, "valid": data.comparisons_valid}[split]
+        path = given or self.find("data", "run stage compare, or give --data.comparisons-train") / f"comparisons_{split}.jsonl"
+        comparisons = read_records(path, parse_comparison)
+        queries = codec.queries([comparison.post for comparison in comparisons])
+        chosen = Batch(queries, codec.responses([comparison.chosen for comparison in comparisons]))
+        rejected = Batch(queries, codec.responses([comparison.rejected for comparison in comparisons]))
+        longest = map(max, map(len, chosen.responses), map(len, rejected.responses))
+        rows = [i for i, length in enumerate(longest) if length <= data.comparison_tokens]
+        if len(rows) < len(queries):
+            self.say(f"left out {len(queries) - len(rows):,} of {len(queries):,} {split} comparisons: too long")
+        refuse(not rows, f"{path}: no comparison fits --data.comparison-tokens {data.comparison_tokens}")
+        return chosen[rows], rejected[rows], [comparisons[i].kind for i in rows]
+
+    # what a person sees
+
+    def enter(self, stage: str) -> None:
+        self.say(f"== {stage} ({time.monotonic() - self.started:.0f} s)")
+
+    def save_sample(self, record: dict) -> None:
+        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.say("\n".join(f"    {name:7} {record.get(name + '_score', 0):6.2f}  {record[name]}" for name in ("author", "sft", "ppo")))
+
+    def say(self, text: str) -> None:
+        tqdm.write(text, file=sys.stdout)
+
+    def steps(self, title: str, total: int) -> Iterator[int]:
+        """Step numbers, with a progress bar on a terminal."""
+        with tqdm(total=total, desc=title, disable=None, leave=False) as self.bar:
+            for step in range(total):
+                yield step
+                self.bar.update()
+
+    def log(self, stage: str, step: int | str, statistics: dict[str, float]) -> None:
+        """One line of metrics.jsonl; the numbers that matter on the screen."""
+        seconds = round(time.monotonic() - self.started, 3)
+        record = {"stage": stage, "step": step, "seconds": seconds} | statistics
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+        for name, value in statistics.items() if self.writer else ():
+            self.writer.add_scalar(name if "/" in name else f"{stage}/{name}", value, step)
+        shown = {name.split("/")[-1]: f"{value:.3g}" for name, value in statistics.items() if name in SHOWN}
+        self.bar.set_postfix(shown, refresh=False)
+        if stage == "ppo":
+            self.say(f"ppo {step + 1:4d}  " + "  ".join(f"{name} {value}" for name, value in shown.items()) + f"  {seconds:.0f} s")
+
+
+SHOWN = (
+    "loss/response", "accuracy", "objective/scores", "objective/labeler", "objective/kl", "objective/entropy",
+    "policy/clipfrac", "policy/approxkl", "val/eos_rate", "loss/value",
+)  # fmt: skip
+
+
+def fresh_folder(out: Path, name: str | None) -> Path:
+    """Make {out}/{name}, or the next free {out}/run-001; a run never writes into another's folder."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        taken = {path.name for path in out.iterdir()}
+        name = name or next(f"run-{i:03d}" for i in range(1, 10**6) if f"run-{i:03d}" not in taken)
+        (out / name).mkdir()
+    except FileExistsError:
+        raise InputError(f"{out / name} exists: choose another --name, or remove it") from None
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot write there ({error.strerror})") from None
+    return out / name
+
+
+def provenance(config: Config) -> dict:
+    """All flags, versions, and the commit when this file lies in a git checkout."""
+    import transformers
+
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"config": asdict(config), "versions": versions, "commit": commit or None, "argv": sys.argv}
+
+
+# -----------------------------------------------------------------------------
+# main: flags in, run out.
+
+
+def start(config: Config) -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    run = Run(config)
+    for stage in config.stages:
+        run.enter(stage)
+        globals()[stage](run)
+
+
+def main() -> None:
+    try:
+        start(tyro.cli(Config))
+    except InputError as error:
+        sys.exit(f"pmo: {error}")
+
+
+if __name__ == "__main__":
+    main()
