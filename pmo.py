@@ -828,7 +828,8 @@ def train_tokenizer(posts: Sequence[Post], template: str, vocab_size: int) -> Pr
         show_progress=False,
     )
     bpe.train_from_iterator((text for post in posts for text in (post.title, post.post, " " + post.summary)), trainer)
-    bpe.add_tokens([literal for literal, *_ in Formatter().parse(template) if literal])
+    # Without the space that ends a piece: it belongs to the next word, which then looks the same wherever it stands.
+    bpe.add_tokens([literal.rstrip(" ") for literal, *_ in Formatter().parse(template) if literal.strip()])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|padding|>")
 
 
