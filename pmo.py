@@ -1636,11 +1636,11 @@ class Run:
         return self.folder / name
 
     def find(self, name: str, remedy: str) -> Path:
-        """A subfolder of this run or of --from-run, to read from."""
+        """A file or subfolder of this run or of --from-run, to read from."""
         for folder in (self.folder, self.config.from_run):
-            if folder is not None and (folder / name).is_dir():
+            if folder is not None and (folder / name).exists():
                 return folder / name
-        raise InputError(f"no {name}/ in {self.folder}{f' or {self.config.from_run}' if self.config.from_run else ''}: {remedy}")
+        raise InputError(f"no {name} in {self.folder}{f' or {self.config.from_run}' if self.config.from_run else ''}: {remedy}")
 
     @property
     def base(self) -> str | Path:
@@ -1664,7 +1664,7 @@ class Run:
     def posts(self, split: str) -> list[Post]:
         data = self.config.data
         given = {"train": data.train, "valid": data.valid, "test": data.test or data.valid}[split]
-        return read_records(given or self.find("data", "run stage corpus, or give --data.train") / f"{split}.jsonl", parse_post)
+        return read_records(given or self.find(f"data/{split}.jsonl", "run stage corpus, or give --data.train"), parse_post)
 
     def examples(self, split: str, codec: Codec, response_of: Callable[[Post], str] = lambda post: post.summary) -> Batch:
         """Posts with responses; a response that would lose its EOS to the length limit is left out, and counted [D4]."""
@@ -1681,7 +1681,7 @@ class Run:
         """Chosen, rejected, and which policies wrote them; pairs that do not fit are left out, and counted."""
         data = self.config.data
         given = {"train": data.comparisons_train, "valid": data.comparisons_valid}[split]
-        path = given or self.find("data", "run stage compare, or give --data.comparisons-train") / f"comparisons_{split}.jsonl"
+        path = given or self.find(f"data/comparisons_{split}.jsonl", "run stage compare, or give --data.comparisons-train")
         comparisons = read_records(path, parse_comparison)
         queries = codec.queries([comparison.post for comparison in comparisons])
         chosen = Batch(queries, codec.responses([comparison.chosen for comparison in comparisons]))

@@ -382,7 +382,7 @@ def test_masked_mean_is_the_mean_of_all_tokens(s):
 def test_masked_mean_gradient_is_uniform_on_the_mask(s, junk):
     x, mask = s.dense("x", JUNK[junk], extra=1).requires_grad_(), s.mask(extra=1)
     impl.masked_mean(x, mask).backward()
-    close(x.grad, mask / mask.sum())
+    close(x.grad, mask.double() / mask.sum())
 
 
 @law(
@@ -697,3 +697,521 @@ def test_gae_is_zero_where_values_are_perfect(s, gamma, lam):
     values = [[sum(gamma**k * x for k, x in enumerate(row[t:])) for t in range(len(row))] for row in s.rewards]
     advantages, _ = gae_of(Sequences({"rewards": s.rewards, "values": values}), gamma, lam)
     close(advantages, torch.zeros(s.mask().shape), tolerance=1e-8 if advantages.dtype == torch.float64 else 1e-4)
+
+
+# -----------------------------------------------------------------------------
+# policy_loss, value_loss [D18]
+
+ratios = st.sampled_from([0.25, 0.5, 0.7, 0.74, 0.76, 1.0, 1.24, 1.26, 1.5, 4.0])
+
+
+def policy_loss_and_gradient(ratio: float, advantage: float, cliprange: float = EPSILON) -> tuple[float, float]:
+    """Loss and its derivative by log π, at one token, with log π_old = -1."""
+    logprobs = torch.tensor([[math.log(ratio) - 1]], dtype=torch.float64, requires_grad=True)
+    old_logprobs, advantages = torch.full((1, 1), -1.0).double(), torch.tensor([[advantage]], dtype=torch.float64)
+    loss = impl.policy_loss(logprobs, old_logprobs, advantages, cliprange)
+    loss.sum().backward()
+    return loss.item(), logprobs.grad.item()
+
+
+POLICY_NEEDS = "policy_loss"
+advantages_up, advantages_down = numbers(0.125, 3), numbers(-3, -0.125)
+
+
+@law(
+    "a good action (A > 0) whose probability already rose beyond 1 + ε: loss −(1 + ε)A, no gradient",
+    "[1] figure 1, left, right of the circle", POLICY_NEEDS, ratio=st.sampled_from([1.26, 1.5, 4.0]), A=advantages_up,
+)  # fmt: skip
+def test_clipping_case_1_good_action_above_the_range_is_clipped(ratio, A):
+    loss, gradient = policy_loss_and_gradient(ratio, A)
+    assert loss == pytest.approx(-(1 + EPSILON) * A) and gradient == 0, f"{loss=}, {gradient=}"
+
+
+@law(
+    "a bad action (A < 0) whose probability rose beyond 1 + ε: loss −ratio·A, full gradient pushing it back",
+    "[1] figure 1, right: the minimum keeps the worse of the two", POLICY_NEEDS,
+    ratio=st.sampled_from([1.26, 1.5, 4.0]), A=advantages_down,
+)  # fmt: skip
+def test_clipping_case_2_bad_action_above_the_range_is_not_clipped(ratio, A):
+    loss, gradient = policy_loss_and_gradient(ratio, A)
+    assert loss == pytest.approx(-ratio * A) and gradient == pytest.approx(-ratio * A), f"{loss=}, {gradient=}"
+
+
+@law(
+    "a good action (A > 0) whose probability fell below 1 − ε: loss −ratio·A, full gradient pulling it back",
+    "[1] figure 1, left", POLICY_NEEDS, ratio=st.sampled_from([0.25, 0.5, 0.74]), A=advantages_up,
+)  # fmt: skip
+def test_clipping_case_3_good_action_below_the_range_is_not_clipped(ratio, A):
+    loss, gradient = policy_loss_and_gradient(ratio, A)
+    assert loss == pytest.approx(-ratio * A) and gradient == pytest.approx(-ratio * A), f"{loss=}, {gradient=}"
+
+
+@law(
+    "a bad action (A < 0) whose probability already fell below 1 − ε: loss −(1 − ε)A, no gradient",
+    "[1] figure 1, right, left of the circle", POLICY_NEEDS, ratio=st.sampled_from([0.25, 0.5, 0.74]), A=advantages_down,
+)  # fmt: skip
+def test_clipping_case_4_bad_action_below_the_range_is_clipped(ratio, A):
+    loss, gradient = policy_loss_and_gradient(ratio, A)
+    assert loss == pytest.approx(-(1 - EPSILON) * A) and gradient == 0, f"{loss=}, {gradient=}"
+
+
+@law(
+    "inside the range nothing is clipped: loss −ratio·A, gradient −ratio·A",
+    "[1] eq. 7", POLICY_NEEDS, ratio=st.sampled_from([0.76, 1.0, 1.24]), A=numbers(),
+)  # fmt: skip
+def test_inside_the_clip_range_the_loss_is_the_surrogate(ratio, A):
+    loss, gradient = policy_loss_and_gradient(ratio, A)
+    assert loss == pytest.approx(-ratio * A) and gradient == pytest.approx(-ratio * A), f"{loss=}, {gradient=}"
+
+
+@law(
+    "at ratio 1 the gradient is the policy gradient, −A ∇log π, however narrow the clip",
+    "[1] section 3: L^CLIP = L^CPI to first order around θ_old", POLICY_NEEDS, A=numbers(), cliprange=st.sampled_from([0.01, 0.2, 1.0]),
+)  # fmt: skip
+def test_at_ratio_one_the_gradient_is_the_policy_gradient(A, cliprange):
+    loss, gradient = policy_loss_and_gradient(1.0, A, cliprange)
+    assert loss == pytest.approx(-A) and gradient == pytest.approx(-A)
+
+
+@law(
+    "the loss is a pessimistic bound: never below the unclipped −ratio·A",
+    "[1] section 3: a lower bound on the unclipped objective", POLICY_NEEDS, ratio=ratios, A=numbers(), cliprange=unit,
+)  # fmt: skip
+def test_policy_loss_is_never_below_the_unclipped_one(ratio, A, cliprange):
+    loss, _ = policy_loss_and_gradient(ratio, A, cliprange)
+    assert loss >= -ratio * A - 1e-9
+
+
+@law(
+    "with a clip range too wide to matter the loss is the unclipped surrogate",
+    "limit ε → ∞ of [1] eq. 7 is eq. 6", POLICY_NEEDS, ratio=ratios, A=numbers(),
+)  # fmt: skip
+def test_wide_clip_range_gives_the_unclipped_surrogate(ratio, A):
+    loss, gradient = policy_loss_and_gradient(ratio, A, 1e3)
+    assert loss == pytest.approx(-ratio * A) and gradient == pytest.approx(-ratio * A)
+
+
+@law(
+    "the loss sees only the difference of log-probabilities, and is unreduced",
+    "[1] eq. 6: ratio = π/π_old", POLICY_NEEDS, s=sequences("new", "old", "advantages"), shift=numbers(),
+)  # fmt: skip
+def test_policy_loss_depends_on_the_ratio_alone(s, shift):
+    new, old, advantages = (s.dense(name) for name in ("new", "old", "advantages"))
+    loss = impl.policy_loss(new, old, advantages, EPSILON)
+    assert loss.shape == new.shape, f"shape is {tuple(loss.shape)}, should be {tuple(new.shape)}: one loss per token"
+    close(impl.policy_loss(new + shift, old + shift, advantages, EPSILON), loss)
+
+
+@law(
+    "scaling advantages by a positive factor scales the loss",
+    "[1] eq. 7 is positively homogeneous in A", POLICY_NEEDS, s=sequences("new", "old", "advantages"),
+)  # fmt: skip
+def test_policy_loss_scales_with_the_advantage(s):
+    new, old, advantages = (s.dense(name) for name in ("new", "old", "advantages"))
+    close(impl.policy_loss(new, old, 4 * advantages, EPSILON), 4 * impl.policy_loss(new, old, advantages, EPSILON))
+
+
+@law(
+    "no gradient flows into the old log-probabilities' side of a clipped ratio, and derivatives match differences",
+    "central finite differences, away from the kinks", POLICY_NEEDS, ratio=ratios, A=numbers(),
+)  # fmt: skip
+def test_policy_loss_gradient_matches_finite_differences(ratio, A):
+    h = 1e-5
+    above, below = (policy_loss_and_gradient(ratio * math.exp(d), A)[0] for d in (h, -h))
+    assert policy_loss_and_gradient(ratio, A)[1] == pytest.approx((above - below) / (2 * h), abs=1e-5)
+
+
+@law(
+    "the value loss is ½ max((V − R)², (V_old + clip(V − V_old) − R)²)",
+    "[4] detail 'value clipping'; OpenAI baselines", "value_loss", s=sequences("values", "old", "returns"),
+)  # fmt: skip
+def test_value_loss_is_the_worse_of_clipped_and_unclipped(s):
+    def loss(v: float, old: float, target: float) -> float:
+        clipped = old + min(max(v - old, -EPSILON), EPSILON)
+        return max((v - target) ** 2, (clipped - target) ** 2) / 2
+
+    expected = [[loss(*x) for x in zip(*rows)] for rows in zip(s.values, s.old, s.returns)]
+    result = impl.value_loss(s.dense("values"), s.dense("old"), s.dense("returns"), EPSILON)
+    close(result, padded(expected, max(s.lengths)))
+
+
+@law(
+    "near the old value the loss is ½(V − R)², with gradient V − R",
+    "[1] eq. 9, with the customary ½", "value_loss", old=numbers(), move=st.sampled_from([-0.2, -0.1, 0.0, 0.1, 0.2]), target=numbers(),
+)  # fmt: skip
+def test_value_loss_inside_the_clip_is_half_the_squared_error(old, move, target):
+    values = torch.tensor([[old + move]], dtype=torch.float64, requires_grad=True)
+    old_values, returns = (torch.tensor([[x]], dtype=torch.float64) for x in (old, target))
+    loss = impl.value_loss(values, old_values, returns, EPSILON)
+    loss.sum().backward()
+    close(loss, [[(old + move - target) ** 2 / 2]])
+    close(values.grad, [[old + move - target]])
+
+
+@law(
+    "a value that already moved beyond the clip towards its target gets no gradient; one that moved away does",
+    "the maximum is pessimistic, as in the policy's clip", "value_loss", sign=st.sampled_from([-1.0, 1.0]), old=numbers(),
+)  # fmt: skip
+def test_value_loss_gradient_stops_beyond_the_clip(sign, old):
+    def gradient(move: float, target: float) -> float:
+        values = torch.tensor([[old + sign * move]], dtype=torch.float64, requires_grad=True)
+        old_values, returns = (torch.tensor([[x]], dtype=torch.float64) for x in (old, old + sign * target))
+        impl.value_loss(values, old_values, returns, EPSILON).sum().backward()
+        return values.grad.item()
+
+    assert gradient(move=0.5, target=2.0) == 0
+    assert gradient(move=0.5, target=-2.0) == pytest.approx(sign * 2.5)
+
+
+@law(
+    "the value loss does not change when values, old values and returns shift together or flip sign together",
+    "it is a squared distance", "value_loss", s=sequences("values", "old", "returns"), shift=numbers(),
+)  # fmt: skip
+def test_value_loss_is_invariant_to_a_common_shift(s, shift):
+    parts = [s.dense(name) for name in ("values", "old", "returns")]
+    loss = impl.value_loss(*parts, EPSILON)
+    close(impl.value_loss(*(x + shift for x in parts), EPSILON), loss)
+    close(impl.value_loss(*(-x for x in parts), EPSILON), loss)
+
+
+# -----------------------------------------------------------------------------
+# aggregate [D20], preference_loss
+
+
+@law(
+    '"token" is the mean over all tokens, "sequence" the mean over responses of their token means',
+    "DAPO (arXiv 2503.14476, section 3.3) contrasts the two; [4] uses the token mean", "aggregate", s=sequences("losses"),
+)  # fmt: skip
+def test_aggregate_means_over_tokens_or_sequences(s):
+    flat = [x for row in s.losses for x in row]
+    close(impl.aggregate(s.dense("losses"), s.mask(), "token"), sum(flat) / len(flat))
+    means = [sum(row) / len(row) for row in s.losses]
+    close(impl.aggregate(s.dense("losses"), s.mask(), "sequence"), sum(means) / len(means))
+
+
+@law(
+    "parts of a minibatch, divided by the whole's count, add up to the whole, in value and in gradient",
+    "D20: micro-batches and processes must not change a step", "aggregate",
+    s=sequences("losses", rows=5), how=st.sampled_from(["token", "sequence"]), size=st.integers(1, 3),
+)  # fmt: skip
+def test_aggregate_of_parts_adds_up_to_the_whole(s, how, size):
+    def gradient(groups: list[list[int]]) -> tuple[Tensor, Tensor]:
+        factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+        count = sum(s.lengths) if how == "token" else len(s.lengths)
+        parts = [
+            impl.aggregate(factor * s[rows].dense("losses").square(), s[rows].mask(), how, normalizer=count) for rows in groups
+        ]
+        total = sum(parts)
+        total.backward()
+        return total.detach(), factor.grad
+
+    rows = list(range(len(s.lengths)))
+    whole = gradient([rows])
+    for part, all_of_it in zip(gradient([rows[i : i + size] for i in range(0, len(rows), size)]), whole):
+        close(part, all_of_it)
+    close(whole[0], impl.aggregate(s.dense("losses").square(), s.mask(), how))
+
+
+@law(
+    "where all responses are equally long, both means agree",
+    "arithmetic", "aggregate", x=st.tuples(st.integers(1, 3), st.integers(1, 4)).flatmap(tensors),
+)  # fmt: skip
+def test_aggregate_kinds_agree_on_equal_lengths(x):
+    mask = torch.ones(x.shape, dtype=torch.bool)
+    close(impl.aggregate(x, mask, "token"), impl.aggregate(x, mask, "sequence"))
+    close(impl.aggregate(x, mask, "token"), x.mean())
+
+
+@law(
+    "a pair's loss is −log of the probability the Bradley–Terry model gives to the choice made",
+    "[5] section 3.4", "preference_loss",
+    pairs=st.lists(st.tuples(numbers(), numbers()), min_size=1, max_size=4),
+)  # fmt: skip
+def test_preference_loss_is_bradley_terry(pairs):
+    chosen, rejected = torch.tensor(pairs, dtype=torch.float64).T
+    losses = [-math.log(math.exp(c) / (math.exp(c) + math.exp(r))) for c, r in pairs]
+    close(impl.preference_loss(chosen, rejected), sum(losses) / len(losses))
+
+
+@law(
+    "only the difference counts; a tie costs log 2; the wrong order costs the difference more",
+    "[5] section 3.4: rewards are defined up to a constant", "preference_loss", c=numbers(), r=numbers(), shift=numbers(),
+)  # fmt: skip
+def test_preference_loss_depends_on_the_difference(c, r, shift):
+    def loss(a: float, b: float) -> Tensor:
+        return impl.preference_loss(*torch.tensor([[a], [b]], dtype=torch.float64))
+
+    close(loss(c + shift, r + shift), loss(c, r))
+    close(loss(c, c), math.log(2))
+    close(loss(r, c) - loss(c, r), c - r)
+
+
+@law(
+    "a margin of thousands gives a finite loss and gradient, in the right order and in the wrong one",
+    "log σ, not log of σ", "preference_loss", margin=st.sampled_from([1e2, 1e3, 1e4]),
+)  # fmt: skip
+def test_preference_loss_is_stable(margin):
+    for sign, expected in ((1.0, 0.0), (-1.0, margin)):
+        chosen = torch.tensor([sign * margin], dtype=torch.float32, requires_grad=True)
+        loss = impl.preference_loss(chosen, torch.zeros(1))
+        loss.backward()
+        close(loss, expected)
+        close(chosen.grad, [0.0 if sign > 0 else -1.0])
+
+
+# -----------------------------------------------------------------------------
+# truncate_post [D2]
+
+posts = st.text(alphabet="ab \n", max_size=24)
+
+
+def truncate_slowly(post: str, fits: Callable[[str], bool]) -> str:
+    """OpenAI's rule, one step at a time."""
+    while not fits(post):
+        cut = post.rfind("\n")
+        post = post[:cut] if cut >= 0 else post[:-1]
+    return post
+
+
+@law(
+    "a post that does not fit loses its last paragraph, again and again; the last one loses characters from its end",
+    "[5] and [4] detail 'truncation': openai/lm-human-preferences' rule", "truncate_post", post=posts, limit=st.integers(0, 24),
+)  # fmt: skip
+def test_truncation_is_by_paragraph_then_by_character(post, limit):
+    def fits(text: str) -> bool:
+        return len(text) <= limit
+
+    assert impl.truncate_post(post, fits) == truncate_slowly(post, fits)
+
+
+@law(
+    "the result fits, is a beginning of the post, is the post itself if that fits, and is not cut again",
+    "D2", "truncate_post", post=posts, limit=st.integers(0, 12),
+)  # fmt: skip
+def test_truncation_fits_and_is_idempotent(post, limit):
+    def fits(text: str) -> bool:
+        return len(text.split()) <= limit
+
+    cut = impl.truncate_post(post, fits)
+    assert fits(cut) and post.startswith(cut)
+    assert impl.truncate_post(cut, fits) == cut
+    assert cut == post or not fits(post)
+
+
+@law(
+    "a post that cannot fit even when empty is an error, not an endless loop",
+    "contract", "truncate_post", post=posts,
+)  # fmt: skip
+def test_truncation_that_cannot_succeed_is_an_error(post):
+    with pytest.raises(ValueError):
+        impl.truncate_post(post, lambda text: False)
+
+
+# -----------------------------------------------------------------------------
+# what holds for every function that takes a mask [D5, D23]
+
+
+def masked_calls(s: Sequences, junk: float, extra: int, dtype: torch.dtype = torch.float64) -> dict[str, Callable[[], object]]:
+    """One call of each function that takes a mask, with `junk` in `extra` more slots of padding."""
+
+    def x(name: str) -> Tensor:
+        return s.dense(name, junk, extra, dtype)
+
+    scores = torch.tensor([row[0] for row in s.c], dtype=dtype)
+    mask = s.mask(extra)
+    return {
+        "masked_mean": lambda: impl.masked_mean(x("a"), mask),
+        "whiten": lambda: impl.whiten(x("a"), mask),
+        "token_rewards": lambda: impl.token_rewards(scores, x("b"), mask, 0.125),
+        "gae": lambda: impl.gae(x("a"), x("b"), mask, 0.875, 0.75),
+        "aggregate": lambda: torch.stack([impl.aggregate(x("a"), mask, how) for how in ("token", "sequence")]),
+    }  # fmt: skip
+
+
+def check_masked(name: str, s: Sequences, junk: float, extra: int) -> None:
+    __tracebackhide__ = True
+    plain, dirty = (masked_calls(s, *layout)[name]() for layout in ((0.0, 0), (junk, extra)))
+    for before, after in zip(*((r if isinstance(r, tuple) else (r,)) for r in (plain, dirty))):
+        if before.dim() == 2:
+            before = torch.nn.functional.pad(before, (0, extra))
+        close(after, before.detach())
+
+
+masked = sequences("a", "b", "c")
+MASKED_FUNCTIONS = ("masked_mean", "whiten", "token_rewards", "gae", "aggregate")
+
+
+def masked_laws(name: str) -> None:
+    """State the laws of masks for one function; each becomes a test with the function's name in it."""
+
+    def state(suffix: str, statement: str, test: Callable[..., None], **strategies: st.SearchStrategy) -> None:
+        test.__name__ = test.__qualname__ = f"test_{name}_{suffix}"
+        source = "D5, D23; contract: what stands outside a mask is ignored, and comes back as 0"
+        globals()[test.__name__] = law(statement, source, name, **strategies)(test)
+
+    def more_padding(s, extra):
+        check_masked(name, s, 0.0, extra)
+
+    def junk_outside(s, extra):
+        check_masked(name, s, 1e6, extra)
+
+    def nan_outside(s, extra, junk):
+        check_masked(name, s, junk, extra)
+
+    def order(s, seed):
+        rows = torch.randperm(len(s.lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+        whole, moved = masked_calls(s, 0.0, 0)[name](), masked_calls(s[rows], 0.0, 0)[name]()
+        for before, after in zip(*((r if isinstance(r, tuple) else (r,)) for r in (whole, moved))):
+            close(after, (before[rows] if before.dim() == 2 else before).detach())
+
+    def untouched(s):
+        inputs: list[tuple[Tensor, Tensor]] = []
+        dense = Sequences.dense
+
+        def remember(self: Sequences, *args: object, **kwargs: object) -> Tensor:
+            x = dense(self, *args, **kwargs)
+            inputs.append((x, x.clone()))
+            return x
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Sequences, "dense", remember)
+            masked_calls(s, 5.0, 1)[name]()
+        assert inputs and all(now.equal(before) for now, before in inputs), "an input was modified"
+
+    def dtypes(s):
+        for dtype in (torch.float32, torch.float64):
+            result = masked_calls(s, 0.0, 0, dtype)[name]()
+            for x in result if isinstance(result, tuple) else (result,):
+                assert x.dtype == dtype, f"{dtype} in, {x.dtype} out"
+
+    more, junks = st.integers(1, 3), st.sampled_from([math.nan, math.inf, -math.inf])
+    state("does_not_see_more_padding", "more padding changes nothing", more_padding, s=masked, extra=more)
+    state("ignores_numbers_outside_the_mask", "numbers outside the mask change nothing", junk_outside, s=masked, extra=more)
+    state("ignores_nan_outside_the_mask", "NaN and infinity outside the mask change nothing", nan_outside, s=masked, extra=more, junk=junks)
+    state("does_not_depend_on_the_order_of_rows", "permuting rows permutes results", order, s=masked, seed=st.integers(0, 9))
+    state("leaves_its_inputs_alone", "inputs are not modified", untouched, s=masked)
+    state("keeps_the_precision_of_its_input", "float32 in, float32 out; float64 in, float64 out", dtypes, s=masked)
+
+
+for _name in MASKED_FUNCTIONS:
+    masked_laws(_name)
+
+
+@law(
+    "padding removed is padding ignored: one response alone gets the same rewards, advantages and returns as in a batch",
+    "D5: a batch is a convenience", "token_rewards", "gae", s=masked,
+)  # fmt: skip
+def test_token_rewards_and_gae_treat_each_response_alone(s):
+    for name in ("token_rewards", "gae"):
+        whole = masked_calls(s, 0.0, 0)[name]()
+        for i, n in enumerate(s.lengths):
+            alone = masked_calls(s[[i]], 0.0, 0)[name]()
+            for both, one in zip(*((r if isinstance(r, tuple) else (r,)) for r in (whole, alone))):
+                close(one, both[i : i + 1, :n].detach())
+
+
+@law(
+    "a loss has finite gradients whatever its padding holds, and none there",
+    "contract: NaN passes through where(); it must not reach the loss", "aggregate", "masked_mean",
+    s=masked, junk=st.sampled_from([math.nan, math.inf]),
+)  # fmt: skip
+def test_masked_gradients_are_finite_over_nan(s, junk):
+    for name in ("masked_mean", "aggregate"):
+        x = s.dense("a", junk, extra=1).requires_grad_()
+        mask = s.mask(extra=1)
+        function = {
+            "aggregate": lambda x, mask: impl.aggregate(x, mask, "sequence"),
+            "masked_mean": lambda x, mask: impl.masked_mean(x, mask),
+        }[name]
+        function(x, mask).backward()
+        assert x.grad.isfinite().all(), f"{name}: gradient {x.grad.tolist()}"
+        assert (x.grad[~mask] == 0).all(), f"{name}: gradient in padding {x.grad.tolist()}"
+
+
+# -----------------------------------------------------------------------------
+# the functions together: exact expectations over every response of a tiny policy
+#
+# Three tokens, the last is EOS, at most two of them: seven responses, three states (start, after a, after b). All of
+# them are enumerated, so that "in expectation" is a sum, and the true gradient comes from autograd on that sum.
+
+RESPONSES = [(2,), (0, 2), (1, 2), (0, 0), (0, 1), (1, 0), (1, 1)]
+STATES = torch.tensor([[0, 0 if not tokens[1:] else 1 + tokens[0]] for tokens in RESPONSES])
+TOKENS = torch.tensor([[*tokens, 0][:2] for tokens in RESPONSES])
+MASK = torch.tensor([[True, len(tokens) == 2] for tokens in RESPONSES])
+tables = st.tuples(tensors((3, 3), -2, 2), tensors((3, 3), -2, 2), tensors((7,)), tensors((3,)))
+TOGETHER = ("logprobs_of", "kl_estimate", "token_rewards", "gae", "policy_loss")
+
+
+def enumerate_policy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (7, 2) of each response's tokens, and probabilities (7,) of the responses."""
+    logprobs = impl.logprobs_of(logits[STATES], TOKENS, 1.0).masked_fill(~MASK, 0)
+    return logprobs, logprobs.sum(1).exp()
+
+
+def true_gradient(logits: Tensor, ref_logits: Tensor, scores: Tensor, kl_coef: float) -> Tensor:
+    """∇ of E[score] − β KL(π ‖ π_ref), by plain autograd on the enumeration."""
+    logits = logits.clone().requires_grad_()
+    tree = logits.log_softmax(-1)[STATES, TOKENS].masked_fill(~MASK, 0).sum(1)
+    ref = ref_logits.log_softmax(-1)[STATES, TOKENS].masked_fill(~MASK, 0).sum(1)
+    (tree.exp() * (scores - kl_coef * (tree - ref))).sum().backward()
+    return logits.grad
+
+
+def estimated_gradient(
+    logits: Tensor, ref_logits: Tensor, scores: Tensor, values: Tensor, kl_coef: float, lam: float
+) -> Tensor:
+    """The expected ascent direction of the implementation's losses at ratio 1, summed over responses and tokens."""
+    logits = logits.clone().requires_grad_()
+    logprobs, probabilities = enumerate_policy(logits)
+    ref_logprobs, _ = enumerate_policy(ref_logits)
+    kl = impl.kl_estimate(logprobs.detach(), ref_logprobs, "k1")
+    rewards = impl.token_rewards(scores, kl, MASK, kl_coef)
+    advantages, _ = impl.gae(rewards, values[STATES].masked_fill(~MASK, 0), MASK, 1.0, lam)
+    losses = impl.policy_loss(logprobs, logprobs.detach(), advantages, 0.2).masked_fill(~MASK, 0)
+    (-probabilities.detach() * losses.sum(1)).sum().backward()
+    return logits.grad
+
+
+@law(
+    "with λ = 1 the expected gradient is that of E[score] − β KL, whatever the values say: a baseline adds no bias",
+    "policy gradient theorem; [3] section 3; [5] section 3.4", *TOGETHER, table=tables, kl_coef=numbers(0, 1),
+)  # fmt: skip
+def test_gradient_is_unbiased_with_any_baseline(table, kl_coef):
+    logits, ref_logits, scores, values = table
+    expected = true_gradient(logits, ref_logits, scores, kl_coef)
+    close(estimated_gradient(logits, ref_logits, scores, values, kl_coef, lam=1.0), expected)
+
+
+@law(
+    "with the true values the expected gradient is right for every λ",
+    "[3] proposition 1: the estimator is γ-just when V is exact", *TOGETHER, table=tables, lam=unit, kl_coef=numbers(0, 1),
+)  # fmt: skip
+def test_gradient_is_unbiased_for_every_lambda_with_true_values(table, lam, kl_coef):
+    logits, ref_logits, scores, _ = table
+    logprobs, _ = enumerate_policy(logits)
+    ref_logprobs, _ = enumerate_policy(ref_logits)
+    rewards = impl.token_rewards(scores, impl.kl_estimate(logprobs, ref_logprobs, "k1"), MASK, kl_coef)
+    to_go = [rewards.sum(1), rewards[:, 1], rewards[:, 1]]
+    values = []
+    for state, value in enumerate(to_go):
+        visits = (STATES == state) & MASK
+        here = visits[:, 0] if state == 0 else visits[:, 1]
+        weight = logprobs.sum(1).exp() if state == 0 else logprobs[:, 1].exp()
+        values.append((weight * value)[here].sum())
+    expected = true_gradient(logits, ref_logits, scores, kl_coef)
+    close(estimated_gradient(logits, ref_logits, scores, torch.stack(values), kl_coef, lam), expected)
+
+
+@law(
+    "at the closed-form optimum π* ∝ π_ref exp(score/β) every advantage with true values is 0: nothing is left to learn",
+    "[5] section 3.4's objective; its optimum is given in Ziegler et al. 2019, section 2", *TOGETHER, table=tables,
+    kl_coef=st.sampled_from([0.25, 0.5, 1.0]),
+)  # fmt: skip
+def test_gradient_is_zero_at_the_closed_form_optimum(table, kl_coef):
+    _, ref_logits, scores, _ = table
+    ref_logprobs, _ = enumerate_policy(ref_logits)
+    weights = (ref_logprobs.sum(1) + scores / kl_coef).exp()  # unnormalised π* of the seven responses
+    first = torch.stack([weights[[i for i, r in enumerate(RESPONSES) if r[0] == a]].sum() for a in (0, 1, 2)])
+    second = [torch.stack([weights[RESPONSES.index((a, b))] for b in (0, 1, 2)]) for a in (0, 1)]
+    optimum = torch.stack([first, *second]).log()
+    close(estimated_gradient(optimum, ref_logits, scores, torch.zeros(3).double(), kl_coef, 1.0), torch.zeros(3, 3), tolerance=1e-6)
