@@ -112,7 +112,7 @@ class Data:
     """Longest query; longer posts lose paragraphs from their end [D2]. Paper: 512."""
     response_tokens: int = 24
     """Longest summary, EOS included. Paper: 53."""
-    comparison_tokens: int = 24
+    comparison_tokens: int = 32
     """Longest summary in comparisons, EOS included. Paper: 169."""
     query_format: str = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
     """Query template [D1]."""
@@ -171,9 +171,9 @@ class SFT:
 class Compare:
     """Preferences where there are no humans: the labeler compares samples of the SFT model."""
 
-    posts: int = 2500
-    """Training posts to sample for."""
-    samples: int = 4
+    posts: int = 10_000
+    """Training posts to sample for, at most."""
+    samples: int = 2
     """Samples per post at the PPO temperature; the labeler's best is compared with its worst."""
 
 
@@ -183,8 +183,8 @@ class Reward:
 
     epochs: float = 1.0
     """Passes over the comparisons. Paper: 1."""
-    pretraining_pairs: int = 5000
-    """First learn to prefer a post's own summary to another post's, on this many posts (preference model
+    pretraining_pairs: int = 10_000
+    """First learn to prefer a post's own summary to another post's, on at most this many posts (preference model
     pretraining, Askell et al. 2021, arXiv 2112.00861). Paper: 0."""
     batch_size: int = 16
     """Pairs per step. Paper: 64."""
@@ -196,7 +196,7 @@ class Reward:
 class PPO:
     """Proximal policy optimisation against the reward model."""
 
-    total_episodes: int = 3200
+    total_episodes: int = 4096
     """Responses sampled in all. Paper: 1,000,000."""
     batch_size: int = 128
     """Responses sampled per update. Paper: 512."""
@@ -232,7 +232,7 @@ class PPO:
     """Scale the rewards to variance 1, mean unshifted [D16]. Paper: no."""
     whiten_advantages: bool = True
     """Advantages to mean 0, variance 1 over the batch [D16]. Paper: yes."""
-    missing_eos_score: float = -1.0
+    missing_eos_score: float = -3.0
     """Score of a response that does not end, in place of the model's [D12]. Paper: -1."""
     average: Literal["token", "sequence"] = "token"
     """Losses are means over all tokens, or over responses of their token means."""
@@ -761,7 +761,9 @@ def build_corpus(seed_posts: Iterator[tuple[str, Post]]) -> dict[str, list[Post]
         words_alone = re.sub(r"`[^`]*`|\w*[A-Z0-9_]\w*|\W+", " ", post.summary[1:])
         keys = {" ".join(words_alone.split()), re.sub(r"\W+", "", post.post)[:60].lower()}
         if not keys & seen:
-            files.setdefault(file, []).append(post._replace(post=truncate_post(post.post, lambda text: len(text) <= 240)))
+            files.setdefault(file, []).append(
+                post._replace(post=truncate_post(post.post, lambda text: len(text) <= 240))
+            )
         seen |= keys
     return files
 
@@ -895,11 +897,10 @@ class ScalarModel(nn.Module):
         return cls(auto.from_pretrained(folder, num_labels=1, dtype=torch.float32).eval(), train_bias)
 
     @torch.no_grad()
-    def reset_head(self, generator: np.random.Generator | None) -> ScalarModel:
-        """New head w ~ N(0, 1/√(D+1)) [D7; 5]; zeros without a generator."""
+    def reset_head(self, generator: np.random.Generator) -> ScalarModel:
+        """New head w ~ N(0, 1/√(D+1)) [D7; 5]."""
         weight = self.classifier.score.weight
-        noise = np.zeros(weight.shape) if generator is None else generator.standard_normal(weight.shape)
-        weight.copy_(torch.from_numpy(noise / math.sqrt(weight.shape[1] + 1)))
+        weight.copy_(torch.from_numpy(generator.standard_normal(weight.shape) / math.sqrt(weight.shape[1] + 1)))
         return self
 
     def forward(self, layout: Layout) -> Tensor:  # (B, T) of the state before each response token
@@ -1071,7 +1072,6 @@ def sample_block(
     return [response[:length] for response, length in zip(responses.tolist(), lengths)]
 
 
-
 # -----------------------------------------------------------------------------
 # stages: what a run does, in order. Each reads files and folders and writes files and folders.
 
@@ -1125,13 +1125,14 @@ def optimizer_step(
     totals["grad_norm"] = nn.utils.clip_grad_norm_(parameters, engine.max_grad_norm or math.inf)
     statistics = {name: float(total) for name, total in totals.items()}
     for name in ("loss", "grad_norm"):
-        refuse(not math.isfinite(statistics[name]), f"{name} is {statistics[name]}, no step taken; try a lower lr [D22]")
+        value = statistics[name]
+        refuse(not math.isfinite(value), f"{name} is {value}, so no step was taken; try a lower learning rate [D22]")
     optimizer.step()
     return statistics | {"lr": optimizer.param_groups[0]["lr"]}
 
 
 def corpus(run: Run) -> None:
-    """Posts from docstrings, where the user brings none. Whole files go to one split, so that siblings stay together."""
+    """Posts from docstrings, where the user brings none. A file goes to one split whole: its docstrings are alike."""
     if run.config.data.train is not None:
         return
     files = build_corpus(docstrings())
@@ -1153,9 +1154,14 @@ def pretrain(run: Run) -> None:
         return
     posts = run.posts("train")
     tokenizer = train_tokenizer(posts, config.data.query_format, config.pretrain.vocab_size)
-    codec, model = Codec(tokenizer, config.data), small_model(config.pretrain, tokenizer, config.seed).to(run.engine.device)
+    codec, model = (
+        Codec(tokenizer, config.data),
+        small_model(config.pretrain, tokenizer, config.seed).to(run.engine.device),
+    )
     titles = Batch(codec.queries(posts), codec.responses([post.title for post in posts]))
-    train_language_model(run, "pretrain", model, titles, config.pretrain, prompt_weight=1.0, schedule=lambda progress: 1.0)
+    train_language_model(
+        run, "pretrain", model, titles, config.pretrain, prompt_weight=1.0, schedule=lambda progress: 1.0
+    )
     save_model(model, tokenizer, run.new("base"))
 
 
@@ -1167,7 +1173,7 @@ def sft(run: Run) -> None:
     train_language_model(run, "sft", model, train, config, config.prompt_weight, cosine)
     right = held_out_loss(model, valid, run.engine)
     wrong = held_out_loss(model, exchange_responses(valid), run.engine)
-    run.log("sft", "end", {"valid/loss": right, "valid/loss_other_post": wrong})
+    run.log({"valid/loss": right, "valid/loss_other_post": wrong})
     run.say(f"held-out loss {right:.3f} nats per token, {wrong:.3f} with another post's summary")
     save_model(model, codec.tokenizer, run.new("sft"))
 
@@ -1189,7 +1195,7 @@ def train_language_model(
         minibatch = batch[steps[step]]
         groups = micro_batches(minibatch.lengths, range(len(minibatch)), run.engine.micro_batch_size)
         losses = partial(language_model_losses, model, minibatch, prompt_weight, run.engine)
-        run.log(stage, step, optimizer_step(run.engine, optimizer, groups, losses))
+        run.log(optimizer_step(run.engine, optimizer, groups, losses))
 
 
 def language_model_losses(
@@ -1203,7 +1209,11 @@ def language_model_losses(
     of_query = length_mask(query_lengths, losses.shape[1])
     response_loss = aggregate(losses, layout.mask & ~of_query, "token", minibatch.response_tokens)
     query_loss = aggregate(losses, of_query, "token", sum(len(q) - 1 for q in minibatch.queries))
-    return {"loss": response_loss + prompt_weight * query_loss, "loss/response": response_loss, "loss/query": query_loss}
+    return {
+        "loss": response_loss + prompt_weight * query_loss,
+        "loss/response": response_loss,
+        "loss/query": query_loss,
+    }
 
 
 def held_out_loss(model: PreTrainedModel, batch: Batch, engine: Engine) -> float:
@@ -1273,10 +1283,10 @@ def reward(run: Run) -> None:
         set_lr(optimizer, warmup(step, 20) * cosine(step / len(steps)))
         groups = micro_batches(lengths, steps[step], engine.micro_batch_size)
         losses = partial(reward_losses, model, chosen, rejected, len(steps[step]), engine)
-        run.log("reward", step, optimizer_step(engine, optimizer, groups, losses))
+        run.log(optimizer_step(engine, optimizer, groups, losses))
     model.center(scores_of(model, summaries, engine).mean().item())
     accuracies = reward_accuracies(model, run.pairs("valid", codec), engine)
-    run.log("reward", "end", {f"valid/accuracy {kind}": accuracy for kind, accuracy in accuracies.items()})
+    run.log({f"valid/accuracy {kind}": accuracy for kind, accuracy in accuracies.items()})
     run.say("held-out accuracy: " + ", ".join(f"{kind} {accuracy:.3f}" for kind, accuracy in accuracies.items()))
     model.save(run.new("reward"), codec.tokenizer)
 
@@ -1341,7 +1351,8 @@ def ppo(run: Run) -> None:
     """Proximal policy optimisation against the reward model [1; 4]."""
     config, engine, seed, T = run.config.ppo, run.engine, run.config.seed, run.config.data.response_tokens
     codec, models = run.codec(run.sft_model), load_models(run)
-    queries, valid = codec.queries(run.posts("train")), run.posts("valid")
+    posts, valid = run.posts("train"), run.posts("valid")
+    queries, labeler = codec.queries(posts), Labeler(posts)
     optimizer = adamw(
         {"params": models.policy.parameters(), "lr": config.lr},
         {"params": models.value_model.parameters(), "lr": config.value_lr},
@@ -1349,8 +1360,9 @@ def ppo(run: Run) -> None:
     for update in run.steps("ppo", config.num_updates):
         set_lr(optimizer, 1 - update / config.num_updates)
         episodes = range(update * config.batch_size, (update + 1) * config.batch_size)
-        prompts = [queries[i] for i in shuffled(seed, "episodes", len(queries), episodes.start, episodes.stop)]
-        rollout = roll_out(models, prompts, noise(seed, "episodes", episodes, T), codec.eos_id, config, engine)
+        chosen = shuffled(seed, "episodes", len(posts), episodes.start, episodes.stop)
+        uniforms = noise(seed, "episodes", episodes, T)
+        rollout = roll_out(models, [queries[i] for i in chosen], uniforms, codec.eos_id, config, engine)
         rewards = shape_rewards(rollout, config)
         advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.lam)
         if config.whiten_advantages:
@@ -1362,7 +1374,9 @@ def ppo(run: Run) -> None:
                 groups = micro_batches(rollout.batch.lengths, minibatch, engine.micro_batch_size)
                 losses = partial(ppo_losses, models, rollout, advantages, returns, minibatch, config, engine)
                 steps.append(optimizer_step(engine, optimizer, groups, losses))
-        run.log("ppo", update, rollout_statistics(rollout, rewards, config) | step_statistics(steps))
+        watched = [labeler.score(posts[i], codec.text(r)) for i, r in zip(chosen, rollout.batch.responses)]
+        statistics = rollout_statistics(rollout, rewards, config) | step_statistics(steps)
+        run.log(statistics | {"objective/labeler": sum(watched) / len(watched)})
         if update % config.sample_every == 0:
             show_sample(run, update, valid, codec, models)
     save_model(models.policy, codec.tokenizer, run.new("ppo"))
@@ -1480,57 +1494,74 @@ def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: 
     post = posts[update % len(posts)]
     queries = codec.queries([post])
     uniforms = noise(run.config.seed, "show", [update], run.config.data.response_tokens)
-    record = {"update": update, "subreddit": post.subreddit, "title": post.title, "post": post.post}
-    for name, policy in (("author", None), ("sft", models.ref_policy), ("ppo", models.policy)):
-        if policy is None:
-            responses = codec.responses([post.summary])
-        else:
-            responses = sample(policy, queries, uniforms, run.config.evaluate.temperature, codec.eos_id, run.engine)
-        record[name] = codec.text(responses[0])
-        record[f"{name}_score"] = scores_of(models.reward_model, Batch(queries, responses), run.engine).item()
-    run.save_sample(record)
+    written = {"author": codec.responses([post.summary])}
+    for name, policy in (("sft", models.ref_policy), ("ppo", models.policy)):
+        written[name] = sample(policy, queries, uniforms, run.config.evaluate.temperature, codec.eos_id, run.engine)
+    record = (
+        {"update": update} | post._asdict() | {name: codec.text(responses[0]) for name, responses in written.items()}
+    )
+    run.say(f"    r/{post.subreddit}, {post.title}: ...{' '.join(post.post.split())[-80:]}")
+    for name, responses in written.items():
+        score = scores_of(models.reward_model, Batch(queries, responses), run.engine).item()
+        record[f"{name}_score"] = score
+        run.say(f"    {name:7} {score:6.2f}  {record[name]}")
+    run.save("samples.jsonl", record)
 
 
 def evaluate(run: Run) -> None:
     """SFT, PPO and the author side by side, with the controls that keep the verdict honest [D24]."""
-    config, engine, seed = run.config, run.engine, run.config.seed
-    codec, labeler = run.codec(run.sft_model), Labeler(run.posts("train"))
-    posts = run.posts("test")[: config.evaluate.posts]
+    config, engine = run.config, run.engine
+    codec, posts = run.codec(run.sft_model), run.posts("test")[: config.evaluate.posts]
     queries = codec.queries(posts)
+    sft_policy, ppo_policy = (load_policy(folder).to(engine.device) for folder in (run.sft_model, run.ppo_model))
     reward_model = ScalarModel.load(run.reward_model).to(engine.device)
-    mark = partial(marks, posts, queries, labeler, reward_model, codec, engine)
-    uniforms = noise(seed, "evaluate", range(len(posts)), config.data.response_tokens)
+    exam = Exam(
+        posts, queries, codec, Labeler(run.posts("train")), reward_model, sft_policy, config.ppo.temperature, engine
+    )
+    uniforms = noise(config.seed, "evaluate", range(len(posts)), config.data.response_tokens)
+    marks = {"author": exam.marks(codec.responses([post.summary for post in posts]))}
     texts = {"author": [post.summary for post in posts]}
-    results = {"author": mark(codec.responses(texts["author"]))}
-    for name, folder in (("SFT", run.sft_model), ("PPO", run.ppo_model)):
-        policy = load_policy(folder).to(engine.device)
+    for name, policy in (("SFT", sft_policy), ("PPO", ppo_policy)):
         for temperature in (config.evaluate.temperature, config.ppo.temperature):
             responses = sample(policy, queries, uniforms, temperature, codec.eos_id, engine)
             texts[f"{name} T={temperature}"] = [codec.text(response) for response in responses]
-            results[f"{name} T={temperature}"] = mark(responses)
-    report(run, posts, texts, results)
+            marks[f"{name} T={temperature}"] = exam.marks(responses, policy)
+    report(run, posts, texts, marks)
 
 
-def marks(
-    posts: list[Post],
-    queries: list[list[int]],
-    labeler: Labeler,
-    reward_model: ScalarModel,
-    codec: Codec,
-    engine: Engine,
-    responses: list[list[int]],
-) -> dict[str, np.ndarray]:
-    """Marks (N,) of one writer's responses; `other` are those against the next post: style without summary."""
-    texts, others = [codec.text(response) for response in responses], posts[1:] + posts[:1]
-    return {
-        "score": scores_of(reward_model, Batch(queries, responses), engine).cpu().numpy(),
-        "labeler": np.array([labeler.score(post, text) for post, text in zip(posts, texts)]),
-        "labeler_other": np.array([labeler.score(post, text) for post, text in zip(others, texts)]),
-        "rouge_l": np.array([rouge_l(text, post.summary) for post, text in zip(posts, texts)]),
-        "rouge_l_other": np.array([rouge_l(text, post.summary) for post, text in zip(others, texts)]),
-        "eos": np.array([float(response[-1] == codec.eos_id) for response in responses]),
-        "tokens": np.array([float(len(response)) for response in responses]),
-    }
+@dataclass(frozen=True)
+class Exam:
+    """What every writer is marked on: the same posts, by the same judges."""
+
+    posts: list[Post]
+    queries: list[list[int]]
+    codec: Codec
+    labeler: Labeler
+    reward_model: ScalarModel
+    sft_policy: PreTrainedModel
+    temperature: float
+    engine: Engine
+
+    def marks(self, responses: list[list[int]], policy: PreTrainedModel | None = None) -> dict[str, np.ndarray]:
+        """Marks (N,) of a writer's responses. "other" marks them against the next post: style without summary."""
+        batch, texts = Batch(self.queries, responses), [self.codec.text(response) for response in responses]
+        others = self.posts[1:] + self.posts[:1]
+
+        def log_ratio(layout: Layout) -> list[Tensor]:
+            one, two = (response_logprobs(p, layout, self.temperature) for p in (policy, self.sft_policy))
+            return [one - two]
+
+        marks = {
+            "score": scores_of(self.reward_model, batch, self.engine),
+            "labeler": [self.labeler.score(post, text) for post, text in zip(self.posts, texts)],
+            "labeler, other post": [self.labeler.score(post, text) for post, text in zip(others, texts)],
+            "rouge_l": [rouge_l(text, post.summary) for post, text in zip(self.posts, texts)],
+            "rouge_l, other post": [rouge_l(text, post.summary) for post, text in zip(others, texts)],
+            "kl": map_rows(batch, self.engine, log_ratio)[0].sum(1) if policy else [math.nan],
+            "eos": [response[-1] == self.codec.eos_id for response in responses],
+            "tokens": [len(response) for response in responses],
+        }
+        return {name: torch.as_tensor(x).cpu().double().numpy() for name, x in marks.items()}
 
 
 def mean_and_interval(x: np.ndarray) -> tuple[float, float]:
@@ -1538,48 +1569,63 @@ def mean_and_interval(x: np.ndarray) -> tuple[float, float]:
     return float(x.mean()), float(1.96 * x.std() / math.sqrt(len(x)))
 
 
-def wins(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """1 where a is better, 0 where worse, ½ where equal."""
-    return (a > b) + (a == b) / 2
+def compare_marks(x: dict[str, np.ndarray], y: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
+    """One writer against another on the same posts: mean and interval of each difference."""
+    wins = (x["labeler"] > y["labeler"]) + (x["labeler"] == y["labeler"]) / 2
+    margins = (marks["labeler"] - marks["labeler, other post"] for marks in (x, y))
+    return {
+        "win rate": mean_and_interval(wins),
+        "margin gain": mean_and_interval(np.subtract(*margins)),
+        "rouge_l gain": mean_and_interval(x["rouge_l"] - y["rouge_l"]),
+    }
 
 
-def report(run: Run, posts: list[Post], texts: dict[str, list[str]], results: dict[str, dict[str, np.ndarray]]) -> None:
-    """Table, controls, verdict, samples; eval.json."""
+def report(run: Run, posts: list[Post], texts: dict[str, list[str]], marks: dict[str, dict[str, np.ndarray]]) -> None:
+    """Table, controls, samples, verdict; eval.json."""
     cold, warm = (f"T={t}" for t in (run.config.evaluate.temperature, run.config.ppo.temperature))
-    names = list(next(iter(results.values())))
-    run.say(f"{'':12}" + "".join(f"{name:>15}" for name in names))
-    for writer, row in results.items():
-        run.say(f"{writer:12}" + "".join(f"{row[name].mean():15.3f}" for name in names))
-    figures = {}
-    for a, b in ((f"PPO {cold}", f"SFT {cold}"), (f"PPO {warm}", f"SFT {warm}"), (f"PPO {warm}", f"SFT {cold}"), (f"PPO {cold}", "author")):
-        x, y = results[a], results[b]
-        figures[f"{a} against {b}"] = pair = {
-            "win_rate": mean_and_interval(wins(x["labeler"], y["labeler"])),
-            "margin_gain": mean_and_interval(x["labeler"] - x["labeler_other"] - y["labeler"] + y["labeler_other"]),
-            "rouge_l_gain": mean_and_interval(x["rouge_l"] - y["rouge_l"]),
-        }
-        run.say(f"{a} against {b}: " + ", ".join(f"{name} {m:+.3f} ± {h:.3f}" for name, (m, h) in pair.items()))
-    summary = verdict(figures[f"PPO {cold} against SFT {cold}"], len(posts))
-    run.say(summary)
-    means = {writer: {name: float(x.mean()) for name, x in row.items()} for writer, row in results.items()}
-    record = {"posts": len(posts), "means": means, "comparisons": figures, "verdict": summary}
-    (run.folder / "eval.json").write_text(json.dumps(record, indent=2) + "\n")
+    means = {writer: {name: float(x.mean()) for name, x in row.items()} for writer, row in marks.items()}
+    cells = [
+        [name, *(f"{row[name]:.3f}" if row[name] == row[name] else "" for row in means.values())]
+        for name in means["author"]
+    ]
+    run.say(table([[f"{len(posts)} held-out posts", *means], *cells]))
+    pairs = [(f"PPO {cold}", f"SFT {cold}"), (f"PPO {warm}", f"SFT {warm}"), (f"PPO {warm}", f"SFT {cold}")]
+    pairs += [(f"PPO {cold}", "author"), (f"SFT {cold}", "author")]
+    versus = {f"{a} against {b}": compare_marks(marks[a], marks[b]) for a, b in pairs}
+    cells = [[name, *(f"{mean:+.3f} ± {half:.3f}" for mean, half in row.values())] for name, row in versus.items()]
+    run.say(table([["95% intervals", *versus[f"PPO {cold} against SFT {cold}"]], *cells]))
+    for i in range(min(5, len(posts))):
+        run.say(f"    r/{posts[i].subreddit}, {posts[i].title}: ...{' '.join(posts[i].post.split())[-80:]}")
+        run.say("\n".join(f"    {writer:10} {texts[writer][i]}" for writer in ("author", f"SFT {cold}", f"PPO {cold}")))
+    conclusion = verdict(versus[f"PPO {cold} against SFT {cold}"], run.config.data.comparisons_train is None)
+    run.say(f"\n{conclusion}")
+    means["author"].pop("kl")
+    record = {"posts": len(posts), "means": means, "comparisons": versus, "verdict": conclusion}
+    (run.folder / "eval.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def verdict(figures: dict[str, tuple[float, float]], posts: int) -> str:
+def table(rows: list[list[str]]) -> str:
+    """Columns of equal width, the first to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    return "\n" + "\n".join(lines)
+
+
+def verdict(figures: dict[str, tuple[float, float]], same_judge: bool) -> str:
     """Two sentences that claim no more than the intervals allow."""
 
     def moved(name: str, neutral: float, words: tuple[str, str, str]) -> str:
         mean, half = figures[name]
         return words[0] if mean - half > neutral else words[2] if mean + half < neutral else words[1]
 
-    better = moved("win_rate", 0.5, ("is preferred to", "cannot be told from", "is worse than"))
-    margin = moved("margin_gain", 0.0, ("more about this post", "no more about this post", "less about this post"))
-    rouge = moved("rouge_l_gain", 0.0, ("rose", "did not move measurably", "fell"))
-    win, half = figures["win_rate"]
+    better = moved("win rate", 0.5, ("is preferred to", "cannot be told from", "is worse than"))
+    margin = moved("margin gain", 0.0, ("more about this post", "no more about this post", "less about this post"))
+    rouge = moved("rouge_l gain", 0.0, ("rose", "did not move measurably", "fell"))
+    win, half = figures["win rate"]
+    judge = "the labeler that made the preferences" if same_judge else "word overlap, not by the people who chose"
     return (
-        f"Greedy PPO {better} greedy SFT by the labeler that made the preferences: {win:.1%} ± {half:.1%} of {posts} posts. "
-        f"Its summaries are {margin} than SFT's; ROUGE-L with the author's line, which nobody optimised, {rouge}."
+        f"Greedy PPO {better} greedy SFT, judged by {judge}: {win:.1%} ± {half:.1%} of posts. Its summaries are "
+        f"{margin} than SFT's; ROUGE-L with the author's line, which nobody optimised, {rouge}."
     )
 
 
@@ -1617,7 +1663,9 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config, self.engine = config, Engine.start(config.compute)
         self.folder = fresh_folder(config.out, config.name)
-        self.started, self.seconds = time.monotonic(), {}
+        self.started, self.entered, self.stage, self.step = time.monotonic(), time.monotonic(), "", 0
+        self.seconds: dict[str, float] = {}
+        self.said: set[str] = set()
         (self.folder / "config.json").write_text(json.dumps(provenance(config), indent=2, default=str) + "\n")
         self.writer = None
         if config.track:
@@ -1640,7 +1688,9 @@ class Run:
         for folder in (self.folder, self.config.from_run):
             if folder is not None and (folder / name).exists():
                 return folder / name
-        raise InputError(f"no {name} in {self.folder}{f' or {self.config.from_run}' if self.config.from_run else ''}: {remedy}")
+        raise InputError(
+            f"no {name} in {self.folder}{f' or {self.config.from_run}' if self.config.from_run else ''}: {remedy}"
+        )
 
     @property
     def base(self) -> str | Path:
@@ -1664,16 +1714,20 @@ class Run:
     def posts(self, split: str) -> list[Post]:
         data = self.config.data
         given = {"train": data.train, "valid": data.valid, "test": data.test or data.valid}[split]
-        return read_records(given or self.find(f"data/{split}.jsonl", "run stage corpus, or give --data.train"), parse_post)
+        return read_records(
+            given or self.find(f"data/{split}.jsonl", "run stage corpus, or give --data.train"), parse_post
+        )
 
-    def examples(self, split: str, codec: Codec, response_of: Callable[[Post], str] = lambda post: post.summary) -> Batch:
-        """Posts with responses; a response that would lose its EOS to the length limit is left out, and counted [D4]."""
+    def examples(self, split: str, codec: Codec) -> Batch:
+        """Posts with summaries; one that would lose its EOS to the length limit is left out, and counted [D4]."""
         posts = self.posts(split)
-        batch = Batch(codec.queries(posts), codec.responses([response_of(post) for post in posts]))
+        batch = Batch(codec.queries(posts), codec.responses([post.summary for post in posts]))
         limit = self.config.data.response_tokens
         rows = [i for i, response in enumerate(batch.responses) if len(response) <= limit]
         if len(rows) < len(batch):
-            self.say(f"left out {len(batch) - len(rows):,} of {len(batch):,} {split} summaries: more than {limit} tokens")
+            self.say_once(
+                f"left out {len(batch) - len(rows):,} of {len(batch):,} {split} summaries: more than {limit} tokens"
+            )
         refuse(not rows, f"no {split} summary fits --data.response-tokens {limit}")
         return batch[rows]
 
@@ -1681,7 +1735,9 @@ class Run:
         """Chosen, rejected, and which policies wrote them; pairs that do not fit are left out, and counted."""
         data = self.config.data
         given = {"train": data.comparisons_train, "valid": data.comparisons_valid}[split]
-        path = given or self.find(f"data/comparisons_{split}.jsonl", "run stage compare, or give --data.comparisons-train")
+        path = given or self.find(
+            f"data/comparisons_{split}.jsonl", "run stage compare, or give --data.comparisons-train"
+        )
         comparisons = read_records(path, parse_comparison)
         queries = codec.queries([comparison.post for comparison in comparisons])
         chosen = Batch(queries, codec.responses([comparison.chosen for comparison in comparisons]))
@@ -1689,48 +1745,93 @@ class Run:
         longest = map(max, map(len, chosen.responses), map(len, rejected.responses))
         rows = [i for i, length in enumerate(longest) if length <= data.comparison_tokens]
         if len(rows) < len(queries):
-            self.say(f"left out {len(queries) - len(rows):,} of {len(queries):,} {split} comparisons: too long")
+            self.say_once(f"left out {len(queries) - len(rows):,} of {len(queries):,} {split} comparisons: too long")
         refuse(not rows, f"{path}: no comparison fits --data.comparison-tokens {data.comparison_tokens}")
         return chosen[rows], rejected[rows], [comparisons[i].kind for i in rows]
 
-    # what a person sees
+    # what a person sees, and what stays
 
     def enter(self, stage: str) -> None:
-        self.say(f"== {stage} ({time.monotonic() - self.started:.0f} s)")
+        self.leave()
+        self.stage, self.entered = stage, time.monotonic()
+        self.say(f"\n== {stage}")
 
-    def save_sample(self, record: dict) -> None:
-        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.say("\n".join(f"    {name:7} {record.get(name + '_score', 0):6.2f}  {record[name]}" for name in ("author", "sft", "ppo")))
+    def leave(self) -> None:
+        if self.stage:
+            self.seconds[self.stage] = round(time.monotonic() - self.entered, 1)
+            self.stage = ""
+
+    def steps(self, title: str, total: int) -> Iterator[int]:
+        """Step numbers, with a progress bar on a terminal and a line at the end."""
+        start = time.monotonic()
+        with tqdm(total=total, desc=title, disable=None, leave=False) as self.bar:
+            for self.step in range(total):
+                yield self.step
+                self.bar.update()
+        self.step = total
+        self.say(f"{title}: {total:,} steps in {time.monotonic() - start:.0f} s")
+
+    def log(self, statistics: dict[str, float]) -> None:
+        """One line of metrics.jsonl; the numbers that matter on the screen."""
+        seconds = round(time.monotonic() - self.started, 3)
+        self.save("metrics.jsonl", {"stage": self.stage, "step": self.step, "seconds": seconds} | statistics)
+        for name, value in statistics.items() if self.writer else ():
+            self.writer.add_scalar(name if "/" in name else f"{self.stage}/{name}", value, self.step)
+        shown = "  ".join(f"{label} {statistics[name]:.3g}" for name, label in SHOWN.items() if name in statistics)
+        self.bar.set_postfix_str(shown, refresh=False)
+        if self.stage == "ppo":
+            self.say(f"{self.step + 1:4d}  {shown}  {seconds - self.entered + self.started:.0f} s")
+
+    def save(self, name: str, record: dict) -> None:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
     def say(self, text: str) -> None:
         tqdm.write(text, file=sys.stdout)
 
-    def steps(self, title: str, total: int) -> Iterator[int]:
-        """Step numbers, with a progress bar on a terminal."""
-        with tqdm(total=total, desc=title, disable=None, leave=False) as self.bar:
-            for step in range(total):
-                yield step
-                self.bar.update()
+    def say_once(self, text: str) -> None:
+        if text not in self.said:
+            self.said.add(text)
+            self.say(text)
 
-    def log(self, stage: str, step: int | str, statistics: dict[str, float]) -> None:
-        """One line of metrics.jsonl; the numbers that matter on the screen."""
-        seconds = round(time.monotonic() - self.started, 3)
-        record = {"stage": stage, "step": step, "seconds": seconds} | statistics
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
-        for name, value in statistics.items() if self.writer else ():
-            self.writer.add_scalar(name if "/" in name else f"{stage}/{name}", value, step)
-        shown = {name.split("/")[-1]: f"{value:.3g}" for name, value in statistics.items() if name in SHOWN}
-        self.bar.set_postfix(shown, refresh=False)
-        if stage == "ppo":
-            self.say(f"ppo {step + 1:4d}  " + "  ".join(f"{name} {value}" for name, value in shown.items()) + f"  {seconds:.0f} s")
+    def introduce(self) -> None:
+        config, engine = self.config, self.engine
+        place = f"{torch.get_num_threads()} threads" if engine.device.type == "cpu" else torch.cuda.get_device_name()
+        self.say(f"pmo: {' > '.join(config.stages)}")
+        precision = "bfloat16" if engine.bfloat16 else "float32"
+        self.say(f"{engine.device.type} ({place}), {precision}, seed {config.seed}, writing to {self.folder}")
+
+    def finish(self) -> None:
+        self.leave()
+        if self.writer:
+            self.writer.close()
+        self.say("\ntime: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items()))
+        self.say(f"peak memory: {peak_memory(self.engine.device)}")
+        self.say(f"written to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
 
 
-SHOWN = (
-    "loss/response", "accuracy", "objective/scores", "objective/labeler", "objective/kl", "objective/entropy",
-    "policy/clipfrac", "policy/approxkl", "val/eos_rate", "loss/value",
-)  # fmt: skip
+def peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory"
+    if importlib.util.find_spec("resource") is None:  # Windows
+        return "unknown"
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
+
+
+SHOWN = {
+    "loss/response": "loss",
+    "accuracy": "accuracy",
+    "objective/scores": "score",
+    "objective/labeler": "labeler",
+    "objective/kl": "kl",
+    "policy/entropy": "entropy",
+    "policy/clipfrac": "clipfrac",
+    "policy/approxkl": "approxkl",
+    "val/eos_rate": "eos",
+}
 
 
 def fresh_folder(out: Path, name: str | None) -> Path:
@@ -1752,7 +1853,9 @@ def provenance(config: Config) -> dict:
     import transformers
 
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
+    commit = (
+        subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
+    )
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     return {"config": asdict(config), "versions": versions, "commit": commit or None, "argv": sys.argv}
 
@@ -1767,16 +1870,19 @@ def start(config: Config) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     run = Run(config)
+    run.introduce()
     for stage in config.stages:
         run.enter(stage)
         globals()[stage](run)
+    run.finish()
 
 
 def main() -> None:
     try:
         start(tyro.cli(Config))
     except InputError as error:
-        sys.exit(f"pmo: {error}")
+        print(f"pmo: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
