@@ -196,9 +196,9 @@ class Reward:
 class PPO:
     """Proximal policy optimisation against the reward model."""
 
-    total_episodes: int = 4096
+    total_episodes: int = 8192
     """Responses sampled in all. Paper: 1,000,000."""
-    batch_size: int = 128
+    batch_size: int = 256
     """Responses sampled per update. Paper: 512."""
     num_minibatches: int = 4
     """Optimizer steps per epoch over a batch. Paper: 1."""

@@ -1215,3 +1215,362 @@ def test_gradient_is_zero_at_the_closed_form_optimum(table, kl_coef):
     second = [torch.stack([weights[RESPONSES.index((a, b))] for b in (0, 1, 2)]) for a in (0, 1)]
     optimum = torch.stack([first, *second]).log()
     close(estimated_gradient(optimum, ref_logits, scores, torch.zeros(3).double(), kl_coef, 1.0), torch.zeros(3, 3), tolerance=1e-6)
+
+
+# -----------------------------------------------------------------------------
+# models and data: what the rest of pmo must satisfy, on tiny models of three families
+#
+# GPT-2 has absolute positions, GPT-NeoX rotary ones, Llama grouped-query attention and tied embeddings. All random.
+
+FAMILIES = ("gpt2", "neox", "llama")
+VOCAB, EOS = 13, 12
+ENGINE_NEEDS = ("Engine", "Batch", "lay_out", "map_rows")
+
+
+def tiny_policy(family: str, seed: int = 0, vocab: int = VOCAB, scale: float = 0.3, **extra: object):
+    """A random decoder of two layers whose logits differ enough for mistakes to show."""
+    import transformers as hf
+
+    common = {"vocab_size": vocab, "eos_token_id": EOS, "bos_token_id": EOS, "pad_token_id": 0} | extra
+    if family == "gpt2":
+        config = hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **common)
+    elif family == "neox":
+        config = hf.GPTNeoXConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, **common)
+    else:
+        config = hf.LlamaConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32,
+            tie_word_embeddings=True, **common,
+        )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = hf.AutoModelForCausalLM.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(std=scale)
+    return model
+
+
+def tiny_scalar(family: str, seed: int = 0, train_bias: bool = False):
+    """A reward model or value model with random trunk and head."""
+    import transformers as hf
+
+    config = tiny_policy(family).config
+    config.num_labels = 1
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        classifier = hf.AutoModelForSequenceClassification.from_config(config).eval()
+        with torch.no_grad():
+            for parameter in classifier.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(std=0.3)
+    return impl.ScalarModel(classifier, train_bias)
+
+
+def some_batch(lengths: tuple[tuple[int, int], ...] = ((3, 2), (7, 5), (1, 1), (5, 4), (2, 6)), seed: int = 0):
+    """Queries and responses of unequal lengths; all responses end with EOS but the last."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(0, EOS, (n,), generator=generator).tolist()
+
+    queries, responses = [tokens(q) for q, _ in lengths], [[*tokens(r - 1), EOS] for _, r in lengths]
+    responses[-1][-1] = 0
+    return impl.Batch(queries, responses)
+
+
+def engine(micro_batch_size: int = 32, **kwargs: object):
+    return impl.Engine(micro_batch_size=micro_batch_size, **kwargs)
+
+
+def everything_of(family: str, batch, temperature: float = 0.7, **kwargs: object) -> list[Tensor]:
+    """Log-probabilities, values (B, T) and scores (B,) of a batch."""
+    policy, value_model, reward_model = tiny_policy(family), tiny_scalar(family, 1), tiny_scalar(family, 2)
+    function = lambda x: [impl.response_logprobs(policy, x, temperature), value_model(x), reward_model.scores(x)]  # noqa: E731
+    return impl.map_rows(batch, engine(**kwargs), function)
+
+
+families = st.sampled_from(FAMILIES)
+
+
+@law(
+    "neither the other rows of a batch nor the width of its padding change a log-probability, value or score",
+    "D5; [4] detail 'position ids': absolute positions must not count padding", *ENGINE_NEEDS, "ScalarModel",
+)  # fmt: skip
+def test_padding_changes_no_logprob_value_or_score():
+    for family in FAMILIES:
+        batch = some_batch()
+        together = everything_of(family, batch)
+        for i, response in enumerate(batch.responses):
+            for both, alone in zip(together, everything_of(family, batch[[i]])):
+                close(alone[0], both[i, : len(response)] if both.dim() == 2 else both[i], tolerance=1e-5)
+
+
+@law(
+    "whatever ids fill the padding, even EOS, nothing changes",
+    "D3: any valid id will do; masks come from lengths", *ENGINE_NEEDS, "ScalarModel", "response_logprobs",
+)  # fmt: skip
+def test_ids_in_padding_do_not_matter():
+    for family in FAMILIES:
+        policy, scalar, batch = tiny_policy(family), tiny_scalar(family), some_batch()
+        layout = impl.lay_out(batch)
+        width = layout.tokens.shape[1]
+        padding = torch.tensor([[t >= n for t in range(width)] for n in batch.lengths])
+        assert padding.any()
+        for junk in (1, EOS):
+            dirty = layout._replace(tokens=layout.tokens.masked_fill(padding, junk))
+            with torch.no_grad():
+                for clean, other in ((impl.response_logprobs(policy, x, 0.7)[layout.mask] for x in (layout, dirty)),):
+                    close(other, clean, tolerance=1e-6)
+                close(scalar(dirty)[layout.mask], scalar(layout)[layout.mask], tolerance=1e-6)
+                close(scalar.scores(dirty), scalar.scores(layout), tolerance=1e-6)
+
+
+@law(
+    "a response token's log-probability comes from the logits of the token before it",
+    "definition of a causal language model; D4: EOS included", *ENGINE_NEEDS, "response_logprobs",
+)  # fmt: skip
+def test_response_logprobs_are_the_plain_models():
+    for family in FAMILIES:
+        policy, batch = tiny_policy(family), some_batch()
+        (logprobs,) = impl.map_rows(batch, engine(2), lambda x, policy=policy: [impl.response_logprobs(policy, x, 0.7)])
+        for i, (query, response) in enumerate(zip(batch.queries, batch.responses)):
+            with torch.no_grad():
+                logits = policy(input_ids=torch.tensor([query + response])).logits[0].double()
+            table = (logits / 0.7).log_softmax(-1)
+            expected = [table[len(query) - 1 + t, token].item() for t, token in enumerate(response)]
+            close(logprobs[i, : len(response)], expected, tolerance=1e-5)
+            assert (logprobs[i, len(response) :] == 0).all(), "padding must come back as 0"
+
+
+@law(
+    "values are w·h + b of the state before each response token; the score is w·h + b at its last token",
+    "D8, D10: V(s_t) must not see action t; the score must see EOS", *ENGINE_NEEDS, "ScalarModel",
+)  # fmt: skip
+def test_values_are_read_before_and_scores_at_each_token():
+    for family in FAMILIES:
+        scalar, batch = tiny_scalar(family), some_batch()
+        with torch.no_grad():
+            scalar.bias.fill_(0.5)
+            layout = impl.lay_out(batch)
+            values, scores = scalar(layout), scalar.scores(layout)
+        for i, (query, response) in enumerate(zip(batch.queries, batch.responses)):
+            with torch.no_grad():
+                hidden = scalar.classifier.base_model(input_ids=torch.tensor([query + response])).last_hidden_state[0]
+                outputs = scalar.classifier.score(hidden).squeeze(-1) + 0.5
+            close(values[i, : len(response)], outputs[len(query) - 1 : -1], tolerance=1e-5)
+            close(scores[i], outputs[-1], tolerance=1e-5)
+
+
+# sampling [D5, D13, D25]
+
+
+def uniforms(rows: int, T: int, seed: int = 0) -> Tensor:
+    return torch.rand(rows, T, generator=torch.Generator().manual_seed(seed))
+
+
+@law(
+    "the sampler draws the first token from softmax(logits / temperature), nothing cut off, nothing reweighted",
+    "D13; [4]: top-k and top-p off", "sample", "Engine",
+)  # fmt: skip
+def test_sampling_frequencies_are_the_tempered_softmax():
+    n = 2000
+    grid = (torch.arange(n)[:, None] + 0.5) / n  # every uniform number once: frequencies are exact up to 1/n
+    for family, temperature in itertools.product(FAMILIES, (0.7, 1.5)):
+        policy, query = tiny_policy(family, scale=0.2), [3, 1, 4]
+        first = [r[0] for r in impl.sample(policy, [query] * n, grid, temperature, EOS, engine(sample_batch_size=500))]
+        with torch.no_grad():
+            expected = (policy(input_ids=torch.tensor([query])).logits[0, -1].double() / temperature).softmax(-1)
+        frequencies = torch.bincount(torch.tensor(first), minlength=VOCAB).double() / n
+        assert (frequencies - expected).abs().max() < 2 / n, f"{family}: {frequencies.tolist()} but {expected.tolist()}"
+
+
+@law(
+    "whole responses are drawn as often as the training forward pass says they are probable (chi-square)",
+    "D14: the distribution sampled is the distribution scored", "sample", "response_logprobs", *ENGINE_NEEDS,
+)  # fmt: skip
+def test_rollout_distribution_is_the_scored_distribution():
+    n = 6000
+    responses = [(2,), *((a, 2) for a in (0, 1)), *itertools.product((0, 1), (0, 1, 2), (0, 1, 2))]
+    responses = [r for r in responses if 2 not in r[:-1] and (len(r) == 3 or r[-1] == 2)]
+    for family in FAMILIES:
+        policy = tiny_policy(family, vocab=3, scale=0.2, eos_token_id=2, bos_token_id=2)
+        queries = [[0, 1], [1]] * (n // 2)  # of two lengths, so that one of them is padded
+        drawn = impl.sample(policy, queries, uniforms(n, 3), 0.7, 2, engine(sample_batch_size=1000))
+        for offset, query in enumerate(([0, 1], [1])):
+            batch = impl.Batch([query] * len(responses), [list(r) for r in responses])
+            (logprobs,) = impl.map_rows(batch, engine(), lambda x: [impl.response_logprobs(policy, x, 0.7)])  # noqa: B023
+            probabilities = logprobs.double().sum(1).exp()
+            close(probabilities.sum(), 1.0, tolerance=1e-5)
+            counts = torch.tensor([drawn[offset::2].count(list(r)) for r in responses]).double()
+            assert counts.sum() == n // 2, "a response outside the enumeration"
+            expected = probabilities * (n // 2)
+            chi_square = ((counts - expected) ** 2 / expected).sum().item()
+            # Wilson-Hilferty: a z of 4 is a chance of 3 in 100,000.
+            k = len(responses) - 1
+            z = ((chi_square / k) ** (1 / 3) - (1 - 2 / (9 * k))) / math.sqrt(2 / (9 * k))
+            assert z < 4, f"{family}, query {query}: chi-square {chi_square:.1f} with {k} degrees of freedom"
+
+
+@law(
+    "a response depends on its own query and noise, not on its neighbours, their lengths or the block size",
+    "D5, D25: left padding with mask and positions, randomness by address", "sample", "Engine",
+)  # fmt: skip
+def test_sampling_does_not_depend_on_the_batch():
+    queries = some_batch(((3, 1), (9, 1), (1, 1), (6, 1))).queries
+    for family in FAMILIES:
+        policy, noise = tiny_policy(family, scale=0.2), uniforms(4, 8)
+        together = impl.sample(policy, queries, noise, 0.7, EOS, engine())
+        in_blocks = impl.sample(policy, queries, noise, 0.7, EOS, engine(sample_batch_size=3))
+        alone = [impl.sample(policy, [q], noise[[i]], 0.7, EOS, engine())[0] for i, q in enumerate(queries)]
+        assert together == in_blocks == alone
+
+
+@law(
+    "a response ends with its first EOS, or is as long as allowed",
+    "D4", "sample", "Engine", seed=st.integers(0, 5), T=st.integers(1, 12),
+)  # fmt: skip
+def test_sampled_responses_end_with_eos_or_are_full(seed, T):
+    queries = some_batch().queries
+    responses = impl.sample(tiny_policy("neox", scale=0.1), queries, uniforms(5, T, seed), 1.0, EOS, engine())
+    for response in responses:
+        assert EOS not in response[:-1] and 1 <= len(response) <= T
+        assert response[-1] == EOS or len(response) == T
+
+
+@law(
+    "a token of probability 0 is never drawn, at either end of the noise",
+    "inverse of the cumulative distribution", "sample", "Engine",
+)  # fmt: skip
+def test_impossible_tokens_are_never_sampled():
+    policy = tiny_policy("llama")
+    with torch.no_grad():
+        policy.lm_head.weight = torch.nn.Parameter(torch.zeros_like(policy.lm_head.weight))
+    policy.lm_head.register_forward_hook(
+        lambda module, args, logits: logits.index_fill(-1, torch.tensor([0, 1, VOCAB - 2, EOS]), -math.inf)
+    )
+    edge = torch.tensor([[0.0], [1 - 2**-24], [0.5]])
+    drawn = {r[0] for r in impl.sample(policy, [[3]] * 3, edge, 0.7, EOS, engine())}
+    assert drawn <= set(range(2, VOCAB - 2)), f"drawn {drawn}"
+
+
+# saved folders [D3, D7, D9, D10, D11, D21]
+
+
+def tiny_tokenizer(template: str = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"):
+    return impl.train_tokenizer(toy_posts(), template, 300)
+
+
+def toy_posts(n: int = 60) -> list:
+    """Posts about one of six things; the summary names it."""
+    things = ["cats", "trains", "violins", "lakes", "bread", "chess"]
+    return [
+        impl.Post(
+            "toys", f"about {thing}", f"I like {thing} and talk of {thing}.\nDay {i} was long.\nNothing else happened.",
+            f"Somebody likes {thing} a lot.",
+        )
+        for i, thing in ((i, things[i % 6]) for i in range(n))
+    ]  # fmt: skip
+
+
+@law(
+    "a saved reward model, read by transformers' own classifier on a right-padded batch, gives our scores plus the offset, "
+    "also when the tokenizer came with pad = EOS",
+    "D3, D9: pooling reads the last token that is not padding; EOS must not count as padding", "save_model", "ScalarModel",
+)  # fmt: skip
+def test_saved_reward_model_gives_the_same_scores_in_transformers(tmp_path_factory=None):
+    import tempfile
+
+    import transformers as hf
+
+    for family in FAMILIES:
+        tokenizer = tiny_tokenizer()
+        tokenizer.pad_token = tokenizer.eos_token
+        eos = tokenizer.eos_token_id
+        config = tiny_policy(family, vocab=len(tokenizer)).config
+        config.num_labels = 1
+        model = impl.ScalarModel(hf.AutoModelForSequenceClassification.from_config(config).eval())
+        model.center(0.75)
+        batch = impl.Batch([[5, 6], [7, 8, 9]], [[10, eos], [11, 12, 13, eos]])
+        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+            scores = model.scores(impl.lay_out(batch))
+            model.save(Path(folder), tokenizer)
+            theirs = hf.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+            pad = theirs.config.pad_token_id
+            assert pad is not None and pad != eos and 0 <= pad < theirs.config.vocab_size, f"pad id {pad}, EOS {eos}"
+            rows = [q + r for q, r in zip(batch.queries, batch.responses)]
+            width = max(map(len, rows))
+            tokens = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+            close(theirs(input_ids=tokens).logits.squeeze(1) - theirs.config.score_offset, scores, tolerance=1e-5)
+            close(impl.ScalarModel.load(folder).scores(impl.lay_out(batch)), scores, tolerance=1e-6)
+
+
+@law(
+    "centring makes the mean score 0, a second time changes nothing, and it changes no difference between scores",
+    "D9; [5] section 3.4", "ScalarModel", "scores_of", *ENGINE_NEEDS,
+)  # fmt: skip
+def test_centring_is_idempotent():
+    model, batch = tiny_scalar("neox"), some_batch()
+    before = impl.scores_of(model, batch, engine())
+    model.center(before.mean().item())
+    once = impl.scores_of(model, batch, engine())
+    close(once.mean(), 0.0, tolerance=1e-6)
+    close(once - once[0], before - before[0], tolerance=1e-6)
+    model.center(once.mean().item())
+    close(impl.scores_of(model, batch, engine()), once, tolerance=1e-6)
+
+
+@law(
+    "a new reward head is drawn from N(0, 1/(d + 1)) and has no bias to train",
+    "D7; [4] detail 'reward head initialisation'", "ScalarModel", "rng",
+)  # fmt: skip
+def test_reward_head_starts_with_the_papers_spread():
+    import transformers as hf
+
+    config = hf.LlamaConfig(
+        vocab_size=8, hidden_size=4096, num_hidden_layers=0, num_attention_heads=1, intermediate_size=1, num_labels=1
+    )
+    model = impl.ScalarModel(hf.AutoModelForSequenceClassification.from_config(config))
+    model.reset_head(impl.rng(0, "reward head"))
+    weight = model.classifier.score.weight
+    assert weight.std().item() == pytest.approx(1 / math.sqrt(4097), rel=0.05)
+    assert abs(weight.mean().item()) < 4 / 4096
+    assert model.classifier.score.bias is None and not model.bias.requires_grad
+
+
+@law(
+    "the value model starts as the reward model, offset included, and may train all of it, the bias too",
+    "D10; [4] detail 'value model initialised from the reward model'", "ScalarModel", "save_model",
+)  # fmt: skip
+def test_value_model_starts_as_the_reward_model():
+    import tempfile
+
+    reward_model, tokenizer = tiny_scalar("neox"), tiny_tokenizer()
+    reward_model.center(1.5)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        reward_model.save(Path(folder), tokenizer)
+        value_model = impl.ScalarModel.load(folder, train_bias=True)
+        layout = impl.lay_out(some_batch())
+        close(value_model.scores(layout), reward_model.scores(layout), tolerance=1e-6)
+    assert value_model.bias.item() == pytest.approx(-1.5)
+    assert all(parameter.requires_grad for parameter in value_model.parameters())
+    head = impl.ValueHead(16)
+    assert (head(torch.randn(2, 3, 16)) == 0).all(), "the shared value head starts at 0"
+
+
+@law(
+    "models are loaded in eval mode with float32 weights, whatever the checkpoint's precision and dropout",
+    "D11, D21: dropout makes the first ratio differ from 1; updates of 3e-6 vanish in bfloat16", "load_policy", "ScalarModel",
+)  # fmt: skip
+def test_models_load_without_dropout_in_float32():
+    import tempfile
+
+    policy = tiny_policy("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).to(torch.bfloat16)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        policy.save_pretrained(folder)
+        loaded = [impl.load_policy(folder), impl.ScalarModel.load(folder).classifier]
+        for model in loaded:
+            assert {p.dtype for p in model.parameters()} == {torch.float32}
+            assert not any(module.training for module in model.modules())
+        layout = impl.lay_out(some_batch())
+        assert impl.response_logprobs(loaded[0], layout, 1.0).equal(impl.response_logprobs(loaded[0], layout, 1.0))
