@@ -1462,14 +1462,14 @@ def tiny_tokenizer(template: str = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n
 
 
 def toy_posts(n: int = 60) -> list:
-    """Posts about one of six things; the summary names it."""
-    things = ["cats", "trains", "violins", "lakes", "bread", "chess"]
+    """Posts about one of twelve things; the summary names it."""
+    things = "cats trains violins lakes bread chess maps roses robots kites drums soup".split()
     return [
         impl.Post(
             "toys", f"about {thing}", f"I like {thing} and talk of {thing}.\nDay {i} was long.\nNothing else happened.",
             f"Somebody likes {thing} a lot.",
         )
-        for i, thing in ((i, things[i % 6]) for i in range(n))
+        for i, thing in ((i, things[i % 12]) for i in range(n))
     ]  # fmt: skip
 
 
@@ -1574,3 +1574,670 @@ def test_models_load_without_dropout_in_float32():
             assert not any(module.training for module in model.modules())
         layout = impl.lay_out(some_batch())
         assert impl.response_logprobs(loaded[0], layout, 1.0).equal(impl.response_logprobs(loaded[0], layout, 1.0))
+
+
+# data [D1, D2, D4, D25]
+
+
+@law(
+    "a query is the template filled in, a response is one space, the summary and EOS, and text never becomes a special token",
+    "D1, D3, D4; [4] details 'query format' and 'EOS'", "Codec", "train_tokenizer", "Post",
+)  # fmt: skip
+def test_queries_and_responses_are_formatted_as_in_the_paper():
+    tokenizer = tiny_tokenizer()
+    codec = impl.Codec(tokenizer, impl.Data(query_tokens=200))
+    post = impl.Post("cats", "a title", "text that says <|endoftext|> and goes on", "  A summary. ")
+    (query,), (response,) = codec.queries([post]), codec.responses([post.summary])
+    decode = tokenizer.decode
+    assert decode(query) == "SUBREDDIT: r/cats\n\nTITLE: a title\n\nPOST: text that says <|endoftext|> and goes on\n\nTL;DR:"
+    assert decode(response) == " A summary.<|endoftext|>"
+    assert tokenizer.eos_token_id not in query and response.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+@law(
+    "a query too long loses paragraphs of its post; subreddit, title and TL;DR: stay",
+    "D2; [5]: posts are truncated at a newline", "Codec", "train_tokenizer", "Post", limit=st.integers(40, 80),
+)  # fmt: skip
+def test_long_queries_lose_paragraphs_and_keep_the_rest(limit):
+    tokenizer = tiny_tokenizer()
+    codec = impl.Codec(tokenizer, impl.Data(query_tokens=limit))
+    paragraphs = [f"Paragraph {i} of this." for i in range(12)]
+    (query,) = codec.queries([impl.Post("cats", "a title", "\n".join(paragraphs), "")])
+    text = tokenizer.decode(query)
+    assert len(query) <= limit
+    assert text.startswith("SUBREDDIT: r/cats\n\nTITLE: a title\n\nPOST: ") and text.endswith("\n\nTL;DR:")
+    kept = text.removeprefix("SUBREDDIT: r/cats\n\nTITLE: a title\n\nPOST: ").removesuffix("\n\nTL;DR:").split("\n")
+    assert kept == paragraphs[: len(kept)], "cut inside a paragraph although whole ones fit"
+    (longer,) = codec.queries([impl.Post("cats", "a title", "\n".join(paragraphs[: len(kept) + 1]), "")])
+    assert longer == query, "one more paragraph would have fitted"
+
+
+@law(
+    "a title that leaves no room is an error that says so",
+    "contract of truncate_post", "Codec", "train_tokenizer", "Post", "InputError",
+)  # fmt: skip
+def test_a_title_too_long_is_an_error():
+    codec = impl.Codec(tiny_tokenizer(), impl.Data(query_tokens=10))
+    with pytest.raises(impl.InputError, match="title"):
+        codec.queries([impl.Post("cats", "a title", "text", "")])
+
+
+@law(
+    "every epoch is a fresh permutation: each example once, in another order, the same for the same seed",
+    "D19, D25", "shuffled", n=st.integers(1, 9), epochs=st.integers(1, 3), seed=st.integers(0, 3),
+)  # fmt: skip
+def test_shuffles_use_every_example_once_per_epoch(n, epochs, seed):
+    order = impl.shuffled(seed, "purpose", n, 0, epochs * n)
+    for epoch in range(epochs):
+        assert sorted(order[epoch * n : (epoch + 1) * n]) == list(range(n))
+    assert impl.shuffled(seed, "purpose", n, 0, epochs * n) == order
+    middle = len(order) // 2
+    if middle:
+        parts = impl.shuffled(seed, "purpose", n, 0, middle) + impl.shuffled(seed, "purpose", n, middle, len(order))
+        assert parts == order, "a part of the sequence depends on where one starts"
+
+
+@law(
+    "noise depends on seed, purpose and the episode's index alone, and differs between them",
+    "D25: the same run on one process or many, before and after a resume", "noise", "shuffled",
+)  # fmt: skip
+def test_noise_is_addressed_by_the_episode():
+    whole = impl.noise(1, "episodes", range(8), 5)
+    assert impl.noise(1, "episodes", [6, 2], 5).equal(whole[[6, 2]])
+    assert len({tuple(row.tolist()) for row in whole}) == 8
+    assert not impl.noise(2, "episodes", range(8), 5).equal(whole)
+    assert not impl.noise(1, "other", range(8), 5).equal(whole)
+    assert whole.min() >= 0 and whole.max() < 1
+    assert impl.shuffled(1, "a", 50, 0, 50) != impl.shuffled(1, "a", 50, 50, 100) != impl.shuffled(2, "a", 50, 50, 100)
+
+
+@law(
+    "ROUGE-L is the F1 of the longest common subsequence of words",
+    "Lin 2004, section 3", "rouge_l", a=st.lists(st.sampled_from("abc"), max_size=5), b=st.lists(st.sampled_from("abc"), max_size=5),
+)  # fmt: skip
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(a, b):
+    def common(words: list[str], length: int) -> set[tuple[str, ...]]:
+        return set(itertools.combinations(words, length))
+
+    longest = max(n for n in range(min(len(a), len(b)) + 1) if common(a, n) & common(b, n))
+    precision, recall = (longest / max(1, len(words)) for words in (a, b))
+    f1 = 2 * precision * recall / (precision + recall) if longest else 0.0
+    assert impl.rouge_l(" ".join(a), " ".join(b)) == pytest.approx(f1)
+
+
+# steps: what one optimizer step does [D6, D12 to D16, D18, D20 to D23]
+
+STEP_NEEDS = ("roll_out", "ppo_losses", "Models", "PPO", "optimizer_step", "adamw", "Engine")
+
+
+def tiny_models(family: str, shared: bool = False):
+    """Four models that all differ, as in the middle of a run."""
+    policy, ref_policy = tiny_policy(family, 0, scale=0.2), tiny_policy(family, 3, scale=0.2)
+    value_model = impl.ValueHead(16) if shared else tiny_scalar(family, 1, train_bias=True)
+    if shared:
+        torch.nn.init.constant_(value_model.linear.weight, 0.1)
+    return impl.Models(policy, value_model, ref_policy.requires_grad_(False), tiny_scalar(family, 2).requires_grad_(False))
+
+
+def tiny_rollout(models, config, micro_batch_size: int = 32, rows: int = 8):
+    queries = some_batch(tuple((1 + i % 5, 1) for i in range(rows))).queries
+    return impl.roll_out(models, queries, uniforms(rows, 12), EOS, config, engine(micro_batch_size))
+
+
+def advantages_and_returns(rollout, config) -> tuple[Tensor, Tensor]:
+    rewards = impl.shape_rewards(rollout, config)
+    advantages, returns = impl.gae(rewards, rollout.values, rollout.mask, config.gamma, config.lam)
+    return impl.whiten(advantages, rollout.mask), returns
+
+
+def gradient_of(losses: Callable[[list[int]], dict[str, Tensor]], groups: list[list[int]], modules: list) -> tuple[Tensor, dict]:
+    """Gradient (one long vector) and statistics of a minibatch cut into these micro-batches."""
+    for module in modules:
+        module.zero_grad()
+    totals: dict[str, float] = {}
+    for rows in groups:
+        shares = losses(rows)
+        shares["loss"].backward()
+        totals = {name: totals.get(name, 0.0) + share.item() for name, share in shares.items()}
+    gradients = [p.grad.flatten() for m in modules for p in m.parameters() if p.grad is not None]
+    return torch.cat(gradients).double(), totals
+
+
+def check_splitting(losses: Callable[[list[int]], dict[str, Tensor]], rows: list[int], modules: list) -> None:
+    """Micro-batches of 1, 2, 4 and N rows give one gradient and one set of statistics."""
+    whole, statistics = gradient_of(losses, [rows], modules)
+    assert whole.norm() > 1e-3, "a gradient of 0 would prove nothing"
+    for size in (1, 2, 4):
+        groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+        split, split_statistics = gradient_of(losses, groups, modules)
+        error = ((split - whole).norm() / whole.norm()).item()
+        assert error < 1e-5, f"micro-batches of {size}: gradient differs by {error:.1e} of its norm"
+        for name, value in statistics.items():
+            assert split_statistics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), f"micro-batches of {size}: {name}"
+
+
+@law(
+    "cutting a PPO minibatch into micro-batches changes neither its gradient nor its statistics",
+    "D20; divided once, by the tokens of the whole minibatch", *STEP_NEEDS,
+)  # fmt: skip
+def test_ppo_micro_batches_do_not_change_the_step():
+    for family, average, kl_in, value in (
+        ("gpt2", "token", "reward", "separate"), ("neox", "sequence", "loss", "separate"), ("llama", "token", "loss", "shared"),
+    ):  # fmt: skip
+        config = impl.PPO(average=average, kl_in=kl_in, value_model=value, batch_size=8, num_minibatches=2)
+        models = tiny_models(family, value == "shared")
+        rollout = tiny_rollout(models, config)
+        old = rollout._replace(logprobs=rollout.logprobs + 0.3 * uniforms(*rollout.logprobs.shape, 5).masked_fill(~rollout.mask, 0))
+        rows = [6, 1, 3, 0, 7]
+        advantages, returns = advantages_and_returns(rollout, config)
+
+        def losses(part, models=models, old=old, a=advantages, r=returns, rows=rows, config=config):
+            return impl.ppo_losses(models, old, a, r, rows, config, engine(), part)
+
+        check_splitting(losses, rows, [models.policy, models.value_model])
+
+
+@law(
+    "cutting an SFT minibatch into micro-batches changes neither its gradient nor its loss",
+    "D20", "language_model_losses", *ENGINE_NEEDS,
+)  # fmt: skip
+def test_sft_micro_batches_do_not_change_the_step():
+    for prompt_weight in (0.0, 0.5):
+        model, batch = tiny_policy("gpt2"), some_batch()
+        losses = lambda rows, m=model, b=batch, w=prompt_weight: impl.language_model_losses(m, b, w, engine(), rows)  # noqa: E731
+        check_splitting(losses, list(range(len(batch))), [model])
+
+
+@law(
+    "cutting a reward-model minibatch into micro-batches changes neither its gradient nor its accuracy",
+    "D20", "reward_losses", *ENGINE_NEEDS,
+)  # fmt: skip
+def test_reward_micro_batches_do_not_change_the_step():
+    model, chosen, rejected = tiny_scalar("llama"), some_batch(), some_batch(seed=1)
+    losses = lambda rows: impl.reward_losses(model, chosen, rejected, len(chosen), engine(), rows)  # noqa: E731
+    check_splitting(losses, list(range(len(chosen))), [model.classifier])
+
+
+@law(
+    "SFT's loss is the mean over response tokens, EOS included; the prompt counts only by its weight",
+    "D4, D6", "language_model_losses", *ENGINE_NEEDS,
+)  # fmt: skip
+def test_sft_loss_is_over_response_tokens_and_eos():
+    model, batch = tiny_policy("gpt2"), some_batch()
+    of_query, of_response = [], []
+    for query, response in zip(batch.queries, batch.responses):
+        tokens = query + response
+        with torch.no_grad():
+            table = model(input_ids=torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+        losses = [-table[t - 1, tokens[t]].item() for t in range(1, len(tokens))]
+        of_query += losses[: len(query) - 1]
+        of_response += losses[len(query) - 1 :]
+    mean_query, mean_response = (sum(x) / len(x) for x in (of_query, of_response))
+    rows = list(range(len(batch)))
+    for weight in (0.0, 0.5, 1.0):
+        losses = impl.language_model_losses(model, batch, weight, engine(), rows)
+        close(losses["loss"].detach(), mean_response + weight * mean_query, tolerance=1e-5)
+
+
+@law(
+    "before the first step of a batch the ratio is 1, whatever the micro-batches",
+    "D14: old log-probabilities come from a training forward pass", *STEP_NEEDS,
+)  # fmt: skip
+def test_ratio_is_one_before_the_first_step():
+    for family in FAMILIES:
+        config = impl.PPO(batch_size=8, num_minibatches=1)
+        models = tiny_models(family)
+        rollout = tiny_rollout(models, config, micro_batch_size=3)
+        advantages, returns = advantages_and_returns(rollout, config)
+        rows = list(range(8))
+        for part in ([0], rows):
+            shares = impl.ppo_losses(models, rollout, advantages, returns, part, config, engine(), part)
+            assert shares["policy/approxkl"].item() <= 1e-8
+            assert abs(shares["val/ratio"].item() - 1) <= 1e-4
+            assert shares["policy/abs_log_ratio"].item() <= 1e-4
+            assert shares["policy/clipfrac"].item() == 0
+
+
+@law(
+    "a rollout's numbers are those of its models: policy, reference, value, score and entropy, each at temperature 0.7",
+    "D13, D14; 0 in padding", *STEP_NEEDS,
+)  # fmt: skip
+def test_rollout_holds_what_each_model_said():
+    config = impl.PPO(batch_size=8, num_minibatches=1, temperature=0.7)
+    models = tiny_models("neox")
+    rollout = tiny_rollout(models, config, micro_batch_size=3)
+    assert 0 < rollout.has_eos.sum() < 8, "the example should end some responses and not others"
+    assert rollout.has_eos.tolist() == [r[-1] == EOS for r in rollout.batch.responses]
+    for i, (query, response) in enumerate(zip(rollout.batch.queries, rollout.batch.responses)):
+        n, tokens = len(response), torch.tensor([query + response])
+        here = slice(len(query) - 1, len(query) + n - 1)
+        with torch.no_grad():
+            tables = [(m(input_ids=tokens).logits[0, here].double() / 0.7).log_softmax(-1) for m in (models.policy, models.ref_policy)]
+            value = models.value_model.classifier(input_ids=tokens[:, : len(query)]).logits.item() + models.value_model.bias.item()
+        for result, table in zip((rollout.logprobs, rollout.ref_logprobs), tables):
+            close(result[i, :n], [table[t, token].item() for t, token in enumerate(response)], tolerance=1e-5)
+        close(rollout.entropy[i, :n], -(tables[0].exp() * tables[0]).sum(-1), tolerance=1e-5)
+        close(rollout.values[i, 0], value, tolerance=1e-5)
+        close(rollout.scores[i], impl.scores_of(models.reward_model, rollout.batch[[i]], engine())[0], tolerance=1e-5)
+        for x in (rollout.logprobs, rollout.ref_logprobs, rollout.entropy, rollout.values):
+            assert (x[i, n:] == 0).all()
+        assert rollout.mask[i].tolist() == [t < n for t in range(rollout.mask.shape[1])]
+
+
+def invented_rollout(s: Sequences, ended: list[bool]):
+    """A rollout of given numbers: logprobs a, ref_logprobs b, values c; scores are the first c."""
+    columns = {name: s.dense(name) for name in "abc"}
+    batch = impl.Batch([[1]] * len(ended), [[0] * (n - 1) + [EOS if e else 0] for n, e in zip(s.lengths, ended)])
+    return impl.Rollout(
+        batch, s.mask(), columns["a"], columns["b"], columns["c"].abs(), columns["c"], columns["c"][:, 0], torch.tensor(ended)
+    )
+
+
+@law(
+    "rewards are −β·KL per token and the score, or the missing-EOS score, at the end; as a loss, KL costs no reward",
+    "D12, D15, D16", "shape_rewards", "Rollout", "PPO", s=sequences("a", "b", "c"), flips=st.integers(0, 15),
+)  # fmt: skip
+def test_rewards_follow_the_flags(s, flips):
+    ended = [bool(flips >> i & 1) for i in range(len(s.lengths))]
+    rollout = invented_rollout(s, ended)
+    for kl_in in ("reward", "loss"):
+        beta = 0.25 if kl_in == "reward" else 0.0
+        expected = [[-beta * (p - q) for p, q in zip(*rows)] for rows in zip(s.a, s.b)]
+        for row, values, end in zip(expected, s.c, ended):
+            row[-1] += values[0] if end else -2.0
+        config = impl.PPO(kl_coef=0.25, kl_in=kl_in, missing_eos_score=-2.0)
+        rewards = impl.shape_rewards(rollout, config)
+        close(rewards, padded(expected, max(s.lengths)))
+        white = impl.shape_rewards(rollout, replace(config, whiten_rewards=True))
+        close(white, impl.whiten(rewards, rollout.mask, shift_mean=False))
+
+
+@law(
+    "a rollout's statistics are means over responses of sums over their tokens, masked",
+    "D23; [4]'s objective/kl, objective/entropy", "rollout_statistics", "Rollout", "PPO", s=sequences("a", "b", "c"),
+)  # fmt: skip
+def test_rollout_statistics_are_what_their_names_say(s):
+    ended = [i % 2 == 0 for i in range(len(s.lengths))]
+    rollout = invented_rollout(s, ended)
+    config = impl.PPO(kl_coef=0.25)
+    rewards = impl.shape_rewards(rollout, config)
+    statistics = impl.rollout_statistics(rollout, rewards, config)
+    n = len(s.lengths)
+    kl = sum(p - q for a, b in zip(s.a, s.b) for p, q in zip(a, b)) / n
+    entropies = [abs(x) for row in s.c for x in row]
+    expected = {
+        "objective/kl": kl,
+        "objective/entropy": sum(entropies) / n,
+        "objective/scores": sum(row[0] for row in s.c) / n,
+        "objective/non_score_reward": -0.25 * kl,
+        "objective/rlhf_reward": rewards.sum().item() / n,
+        "policy/entropy": sum(entropies) / len(entropies),
+        "val/eos_rate": sum(ended) / n,
+        "val/num_eos_tokens": sum(ended),
+        "val/response_tokens": sum(s.lengths) / n,
+    }
+    assert statistics.keys() == expected.keys()
+    for name, value in expected.items():
+        assert statistics[name] == pytest.approx(value, abs=1e-6), name
+
+
+@law(
+    "the PPO loss is the clipped surrogate plus vf_coef times the clipped value error, over the minibatch's tokens; "
+    "clipfrac counts the tokens whose clipped term is chosen",
+    "[1] eq. 9; D18, D23", *STEP_NEEDS,
+)  # fmt: skip
+def test_ppo_loss_adds_up():
+    config = impl.PPO(batch_size=8, num_minibatches=1, vf_coef=0.25)
+    models = tiny_models("neox")
+    rollout = tiny_rollout(models, config)
+    advantages, returns = advantages_and_returns(rollout, config)
+    shift = (uniforms(*rollout.logprobs.shape, 7) - 0.5).masked_fill(~rollout.mask, 0)
+    old = rollout._replace(logprobs=rollout.logprobs - shift, values=rollout.values - shift)
+    rows = [2, 0, 5, 7]
+    shares = {k: v.item() for k, v in impl.ppo_losses(models, old, advantages, returns, rows, config, engine(), rows).items()}
+    policy_terms, value_terms, clipped, ratios_seen = [], [], 0, []
+    for i in rows:
+        for t in range(int(rollout.mask[i].sum())):
+            ratio, A = math.exp(shift[i, t]), advantages[i, t].item()
+            bounded = min(max(ratio, 0.8), 1.2)
+            policy_terms.append(max(-ratio * A, -bounded * A))
+            clipped += -bounded * A > -ratio * A
+            ratios_seen.append(ratio)
+            v, v_old, target = rollout.values[i, t].item(), old.values[i, t].item(), returns[i, t].item()
+            near = v_old + min(max(v - v_old, -0.2), 0.2)
+            value_terms.append(max((v - target) ** 2, (near - target) ** 2) / 2)
+    n = len(policy_terms)
+    expected = {
+        "loss/policy": sum(policy_terms) / n,
+        "loss/value": sum(value_terms) / n,
+        "loss": sum(policy_terms) / n + 0.25 * sum(value_terms) / n,
+        "policy/clipfrac": clipped / n,
+        "val/ratio": sum(ratios_seen) / n,
+        "policy/approxkl": sum(math.log(r) ** 2 for r in ratios_seen) / 2 / n,
+    }
+    assert 0 < clipped < n, "the example should clip some tokens and not others"
+    for name, value in expected.items():
+        assert shares[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+
+
+@law(
+    "KL as a loss adds β times its estimate, with k2's gradient by default; the estimate in the reward is k1 by default",
+    "D15", *STEP_NEEDS,
+)  # fmt: skip
+def test_kl_in_the_loss_adds_its_price():
+    config = impl.PPO(batch_size=8, num_minibatches=1, kl_in="loss", kl_coef=0.5)
+    assert config.kl_kind == "k2" and impl.PPO().kl_kind == "k1" and impl.PPO(kl_estimator="k3").kl_kind == "k3"
+    models = tiny_models("llama")
+    rollout = tiny_rollout(models, config)
+    advantages, returns = advantages_and_returns(rollout, config)
+    rows = list(range(8))
+    with_kl, without = (
+        impl.ppo_losses(models, rollout, advantages, returns, rows, c, engine(), rows)["loss"] for c in (config, replace(config, kl_coef=0.0))
+    )
+    k2 = (rollout.logprobs - rollout.ref_logprobs).square() / 2
+    close((with_kl - without).detach(), 0.5 * k2[rollout.mask].mean(), tolerance=1e-4)
+
+
+@law(
+    "AdamW with eps 1e-5 and no weight decay; a gradient beyond the limit is scaled to it; the gradient before is reported",
+    "D21, D22; [4] detail 'Adam epsilon'", "adamw", "optimizer_step", "Engine",
+)  # fmt: skip
+def test_optimizer_steps_are_adams_with_clipped_gradients():
+    for limit, scale in ((1.0, 1.0), (0.0, 1.0), (1.0, 1e-6)):
+        x = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
+        optimizer = impl.adamw({"params": [x], "lr": 0.1})
+        group = optimizer.param_groups[0]
+        assert group["eps"] == 1e-5 and group["weight_decay"] == 0
+        statistics = impl.optimizer_step(
+            engine(max_grad_norm=limit), optimizer, [[0], [1]], lambda rows, x=x: {"loss": scale * x[rows[0]] ** 2 / 2}
+        )
+        gradient = scale * torch.tensor([3.0, -4.0])
+        assert statistics["grad_norm"] == pytest.approx(5 * scale) and statistics["loss"] == pytest.approx(12.5 * scale)
+        if limit and 5 * scale > limit:
+            gradient = gradient / (5 * scale) * limit
+        close(x, torch.tensor([3.0, -4.0]) - 0.1 * gradient / (gradient.abs() + 1e-5), tolerance=1e-5)
+
+
+@law(
+    "a loss or gradient that is not finite stops the run and leaves the weights as they were",
+    "D22", "adamw", "optimizer_step", "Engine", "InputError", bad=st.sampled_from([math.nan, math.inf]),
+)  # fmt: skip
+def test_non_finite_losses_stop_before_the_step(bad):
+    x = torch.nn.Parameter(torch.ones(1))
+    optimizer = impl.adamw({"params": [x], "lr": 0.1})
+    with pytest.raises(impl.InputError, match="loss"):
+        impl.optimizer_step(engine(), optimizer, [[0]], lambda rows: {"loss": (x * bad).sum()})
+    assert x.item() == 1.0
+
+
+@law(
+    "learning rates warm up, then fall to 0 along a half cosine",
+    "D21", "warmup", "cosine", steps=st.integers(1, 50),
+)  # fmt: skip
+def test_schedules_rise_and_fall(steps):
+    factors = [impl.warmup(i, steps) for i in range(steps + 3)]
+    assert factors == sorted(factors) and 0 < factors[0] <= 1 and factors[steps - 1 :] == [1.0] * 4
+    assert impl.cosine(0) == 1 and impl.cosine(1) == pytest.approx(0) and impl.cosine(0.5) == pytest.approx(0.5)
+
+
+@law(
+    "a tie counts half, in the reward model's accuracy and wherever writers are compared",
+    "D8, D24", "win_rate",
+)  # fmt: skip
+def test_ties_count_half():
+    close(impl.win_rate(torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 2.0, 4.0, 0.0])), 0.5)
+    close(impl.win_rate(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0])), 0.75)
+
+
+# -----------------------------------------------------------------------------
+# the pipeline: a whole run in seconds, on invented posts
+
+RUN_NEEDS = ("start", "Config", "Data", "Pretrain", "SFT", "PPO", "Post")
+
+
+def workshop() -> Path:
+    """A folder for this test process, removed at its end."""
+    import tempfile
+
+    if not hasattr(workshop, "folder"):
+        workshop.folder = tempfile.TemporaryDirectory()
+    return Path(workshop.folder.name)
+
+
+def toy_files() -> tuple[Path, Path]:
+    train, valid = workshop() / "train.jsonl", workshop() / "valid.jsonl"
+    if not train.exists():
+        posts = toy_posts(72)
+        impl.write_records(train, [post._asdict() for post in posts[:60]])
+        impl.write_records(valid, [post._asdict() for post in posts[60:]])
+    return train, valid
+
+
+def tiny_config(name: str, seed: int = 1, **changes: object):
+    """Every stage, seconds in all."""
+    train, valid = toy_files()
+    config = impl.Config(
+        name=name, out=workshop() / "runs", seed=seed,
+        data=impl.Data(train=train, valid=valid, query_tokens=60, response_tokens=16, comparison_tokens=20),
+        pretrain=impl.Pretrain(width=32, heads=2, vocab_size=400, epochs=8),
+        sft=impl.SFT(epochs=12),
+        ppo=impl.PPO(total_episodes=48, batch_size=16, num_minibatches=2, sample_every=2),
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def finished_run(name: str = "whole", seed: int = 1, **changes: object) -> Path:
+    """The folder of a tiny run, made on first use."""
+    folder = workshop() / "runs" / name
+    if not (folder / "eval.json").exists():
+        impl.start(tiny_config(name, seed, **changes))
+    return folder
+
+
+def metrics_of(folder: Path, timings: bool = False) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return records if timings else [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@law(
+    "a run leaves its flags, metrics, samples, evaluation and three model folders that transformers can load",
+    "README: files of a run", *RUN_NEEDS,
+)  # fmt: skip
+def test_a_run_leaves_everything_it_promises():
+    import transformers as hf
+
+    folder = finished_run()
+    for name in ("config.json", "metrics.jsonl", "samples.jsonl", "eval.json", "sft", "reward", "ppo"):
+        assert (folder / name).exists(), f"no {name}"
+    for name in ("sft", "ppo"):
+        hf.AutoModelForCausalLM.from_pretrained(folder / name)
+        assert hf.AutoTokenizer.from_pretrained(folder / name).eos_token_id is not None
+    reward_model = hf.AutoModelForSequenceClassification.from_pretrained(folder / "reward")
+    assert reward_model.config.num_labels == 1 and reward_model.config.score_offset != 0
+    record = json.loads((folder / "config.json").read_text())
+    assert record["config"]["ppo"]["batch_size"] == 16 and record["versions"]["torch"] == torch.__version__
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [sample["update"] for sample in samples] == [0, 2]
+    assert all(isinstance(sample["ppo"], str) and math.isfinite(sample["ppo_score"]) for sample in samples)
+
+
+@law(
+    "metrics name stage and step, are finite, and say that the ratio was 1 before each update's first step",
+    "D14, D23", *RUN_NEEDS,
+)  # fmt: skip
+def test_a_run_logs_finite_numbers_and_ratio_one():
+    records = metrics_of(finished_run(), timings=True)
+    assert {record["stage"] for record in records} == {"pretrain", "sft", "reward", "ppo"}
+    assert all(math.isfinite(v) for record in records for k, v in record.items() if k != "stage")
+    seconds = [record["seconds"] for record in records]
+    assert seconds == sorted(seconds)
+    updates = [record for record in records if record["stage"] == "ppo"]
+    assert [record["step"] for record in updates] == [0, 1, 2]
+    for record in updates:
+        assert record["policy/first_approxkl"] <= 1e-8 and record["policy/first_abs_log_ratio"] <= 1e-4
+    assert updates[0]["objective/kl"] == 0 and updates[2]["objective/kl"] != 0
+    assert [record["lr"] for record in updates] == pytest.approx([4e-4, 4e-4 * 2 / 3, 4e-4 / 3])
+
+
+@law(
+    "PPO changes neither the SFT model, which is its reference, nor the reward model, bit for bit",
+    "[4]: reference and reward model are frozen", *RUN_NEEDS, "ppo", "load_models",
+)  # fmt: skip
+def test_frozen_models_stay_frozen():
+    folder = finished_run()
+    files = {p: p.read_bytes() for name in ("sft", "reward") for p in (folder / name).iterdir()}
+    models, load = [], impl.load_models
+
+    def remember(run):
+        models.append(load(run))
+        frozen = (models[0].ref_policy, models[0].reward_model)
+        models.append([{k: v.clone() for k, v in m.state_dict().items()} for m in frozen])
+        return models[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "load_models", remember)
+        impl.start(tiny_config("again", stages=("ppo",), from_run=folder))
+    for model, before in zip((models[0].ref_policy, models[0].reward_model), models[1]):
+        assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    assert all(path.read_bytes() == content for path, content in files.items())
+    after, before = weights_of(workshop() / "runs" / "again" / "ppo"), weights_of(folder / "sft")
+    assert any(not after[name].equal(before[name]) for name in before), "PPO trained nothing"
+    assert after.keys() == weights_of(folder / "ppo").keys()
+    assert all(x.equal(weights_of(folder / "ppo")[name]) for name, x in after.items()), "PPO alone is not PPO in the run"
+
+
+@law(
+    "the same seed gives the same numbers, another seed others",
+    "D25", *RUN_NEEDS,
+)  # fmt: skip
+def test_a_seed_decides_everything():
+    first, again, other = finished_run(), finished_run("repeated"), finished_run("other seed", seed=2)
+    assert metrics_of(first) == metrics_of(again)
+    assert metrics_of(first) != metrics_of(other)
+    assert all(x.equal(weights_of(again / "ppo")[name]) for name, x in weights_of(first / "ppo").items())
+
+
+@law(
+    "the reward folder's scores have mean 0 over the training summaries",
+    "D9", *RUN_NEEDS, "scores_of", "Codec",
+)  # fmt: skip
+def test_the_reward_model_of_a_run_is_centred():
+    folder = finished_run()
+    config = tiny_config("unused")
+    codec = impl.Codec(impl.load_tokenizer(folder / "reward"), config.data)
+    posts = toy_posts(72)[:60]
+    batch = impl.Batch(codec.queries(posts), codec.responses([post.summary for post in posts]))
+    close(impl.scores_of(impl.ScalarModel.load(folder / "reward"), batch, engine()).mean(), 0.0, tolerance=1e-4)
+
+
+@law(
+    "every epoch of PPO uses every rollout once, in minibatches of the size asked for and in a new order",
+    "D19", *RUN_NEEDS, "ppo", "ppo_losses",
+)  # fmt: skip
+def test_ppo_uses_every_rollout_once_per_epoch():
+    seen, losses = [], impl.ppo_losses
+
+    def remember(models, rollout, advantages, returns, minibatch, *rest):
+        seen.append(tuple(minibatch))
+        return losses(models, rollout, advantages, returns, minibatch, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "ppo_losses", remember)
+        config = tiny_config("epochs", stages=("ppo",), from_run=finished_run())
+        impl.start(replace(config, ppo=replace(config.ppo, total_episodes=32, num_ppo_epochs=3)))
+    epochs = [seen[i] + seen[i + 1] for i in range(0, len(seen), 2)]
+    assert len(epochs) == 6 and all(sorted(epoch) == list(range(16)) for epoch in epochs)
+    assert len(set(epochs)) == 6
+
+
+@law(
+    "advantages are whitened over the whole batch before any minibatch is cut, or left alone if asked",
+    "D16; [4] detail 'advantage whitening'", *RUN_NEEDS, "ppo", "ppo_losses",
+)  # fmt: skip
+def test_ppo_whitens_advantages_over_the_batch():
+    seen, losses = [], impl.ppo_losses
+
+    def remember(models, rollout, advantages, *rest):
+        seen.append(advantages[rollout.mask])
+        return losses(models, rollout, advantages, *rest)
+
+    for name, white in (("whitened", True), ("not whitened", False)):
+        seen.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(impl, "ppo_losses", remember)
+            config = tiny_config(name, stages=("ppo",), from_run=finished_run())
+            impl.start(replace(config, ppo=replace(config.ppo, total_episodes=16, whiten_advantages=white)))
+        is_white = abs(seen[0].mean().item()) < 1e-4 and abs(seen[0].std(correction=0).item() - 1) < 1e-3
+        assert is_white == white
+
+
+@law(
+    "the variants run: shared value head, KL in the loss, whitened rewards, sequence means, other estimators",
+    "README: flags", *RUN_NEEDS, "ppo",
+)  # fmt: skip
+def test_variants_of_ppo_run():
+    base = tiny_config("unused").ppo
+    variants = {
+        "shared": replace(base, total_episodes=16, value_model="shared", whiten_rewards=True),
+        "kl loss": replace(base, total_episodes=16, kl_in="loss", average="sequence"),
+        "k3": replace(base, total_episodes=16, kl_estimator="k3"),
+    }
+    for name, config in variants.items():
+        impl.start(tiny_config(name, stages=("ppo", "evaluate"), from_run=finished_run(), ppo=config))
+        assert (workshop() / "runs" / name / "ppo" / "model.safetensors").exists()
+
+
+@law(
+    "PPO on a bandit converges to the closed-form optimum π* ∝ π_ref exp(score/β)",
+    "Ziegler et al. 2019, section 2, for the objective of [5] section 3.4", *RUN_NEEDS, "ppo", "Models", "load_models",
+)  # fmt: skip
+def test_ppo_converges_to_the_closed_form_optimum():
+    from types import SimpleNamespace
+
+    beta, V = 0.5, 5
+    scores = torch.tensor([0.0, 1.0, -0.5, 0.5, 0.25])
+    policy, ref_policy = (tiny_policy("neox", 0, vocab=V, scale=0.2, eos_token_id=4, bos_token_id=4) for _ in range(2))
+
+    class Table(torch.nn.Module):
+        """The score of a one-token response, read off a table."""
+
+        def scores(self, layout) -> Tensor:
+            return scores[layout.responses[:, 0]]
+
+    config = impl.Config(
+        data=impl.Data(response_tokens=2),
+        ppo=impl.PPO(
+            total_episodes=256 * 60, batch_size=256, num_minibatches=1, num_ppo_epochs=4, lr=1e-2, value_lr=1e-2, temperature=1.0,
+            kl_coef=beta, whiten_advantages=False, missing_eos_score=0.0, vf_coef=0.1, cliprange_value=10.0, sample_every=10**9,
+        ),
+    )  # fmt: skip
+    models = impl.Models(policy, impl.ValueHead(16), ref_policy.requires_grad_(False), Table())
+    models = replace(models, value_model=tiny_scalar("neox", 1, train_bias=True))
+    codec = SimpleNamespace(queries=lambda posts: [[1, 2]] * len(posts), eos_id=4, text=str, tokenizer=None)
+    logged: list[dict] = []
+    run = SimpleNamespace(
+        config=config, engine=engine(256), sft_model=None, codec=lambda folder: codec, posts=lambda split: toy_posts(8),
+        steps=lambda title, n: range(n), log=logged.append, new=Path, say=lambda text: None,
+    )  # fmt: skip
+    one_token = impl.noise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "load_models", lambda run: models)
+        patch.setattr(impl, "save_model", lambda *args: None)
+        patch.setattr(impl, "show_sample", lambda *args: None)
+        patch.setattr(impl, "noise", lambda seed, purpose, episodes, T: one_token(seed, purpose, episodes, 1))
+        impl.ppo(run)
+    with torch.no_grad():
+        pi, ref = (m(input_ids=torch.tensor([[1, 2]])).logits[0, -1].log_softmax(-1) for m in (policy, ref_policy))
+    paid = scores.clone()
+    paid[:4] = 0.0  # tokens other than EOS do not end the response, so they get the missing-EOS score, 0
+    optimum = (ref + paid / beta).softmax(-1)
+    start, distance = ((x - optimum).abs().sum().item() / 2 for x in (ref.exp(), pi.exp()))
+    assert start > 0.05, "the optimum should be away from the start"
+    assert distance < 0.02, f"total variation {distance:.3f} from π*, {start:.3f} at the start: {pi.exp().tolist()}, {optimum.tolist()}"
