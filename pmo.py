@@ -94,6 +94,14 @@ def refuse(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def require(config: object, section: str, least: float, *names: str) -> None:
+    """Refuse settings below `least`, or not above it where it is 0."""
+    for name in names:
+        value, bound = getattr(config, name), "above 0" if least == 0 else f"at least {least}"
+        flag = f"--{section}.{name}".replace("_", "-")
+        refuse(not (value > 0 if least == 0 else value >= least), f"{flag} is {value}, must be {bound}")
+
+
 @dataclass(frozen=True)
 class Data:
     """Text: what is summarised. Without files, the docstrings of installed libraries are."""
@@ -123,9 +131,11 @@ class Data:
             self.comparisons_train is not None and self.comparisons_valid is None,
             "--data.comparisons-train needs --data.comparisons-valid beside it",
         )
-        for name in ("query_tokens", "response_tokens", "comparison_tokens"):
-            refuse(getattr(self, name) < 2, f"--data.{name.replace('_', '-')} is {getattr(self, name)}, less than 2")
-        refuse("{post}" not in self.query_format, "--data.query-format has no {post} in it")
+        require(self, "data", 2, "query_tokens", "response_tokens", "comparison_tokens")
+        fields = [field for _, field, *_ in Formatter().parse(self.query_format) if field is not None]
+        refuse("post" not in fields, "--data.query-format has no {post} in it")
+        for field in fields:
+            refuse(field not in ("subreddit", "title", "post"), f"--data.query-format: posts have no {{{field}}}")
 
 
 @dataclass(frozen=True)
@@ -149,6 +159,8 @@ class Pretrain:
     """Attention heads."""
 
     def __post_init__(self) -> None:
+        require(self, "pretrain", 1, "batch_size", "vocab_size", "layers", "width", "heads")
+        require(self, "pretrain", 0, "epochs", "lr")
         message = f"--pretrain.width {self.width} is not a multiple of --pretrain.heads {self.heads}"
         refuse(self.width % self.heads != 0, message)
 
@@ -166,6 +178,10 @@ class SFT:
     prompt_weight: float = 0.0
     """Weight of the loss on the query's own tokens; 0 trains on the response alone [D6]. Paper's code: 1."""
 
+    def __post_init__(self) -> None:
+        require(self, "sft", 1, "batch_size")
+        require(self, "sft", 0, "epochs", "lr")
+
 
 @dataclass(frozen=True)
 class Compare:
@@ -175,6 +191,9 @@ class Compare:
     """Training posts to sample for, at most."""
     samples: int = 2
     """Samples per post at the PPO temperature; the labeler's best is compared with its worst."""
+
+    def __post_init__(self) -> None:
+        require(self, "compare", 2, "posts", "samples")
 
 
 @dataclass(frozen=True)
@@ -190,6 +209,10 @@ class Reward:
     """Pairs per step. Paper: 64."""
     lr: float = 1e-3
     """Learning rate, cosine to 0. Paper: 3e-6."""
+
+    def __post_init__(self) -> None:
+        require(self, "reward", 1, "batch_size")
+        require(self, "reward", 0, "epochs", "lr")
 
 
 @dataclass(frozen=True)
@@ -252,6 +275,8 @@ class PPO:
         return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k2")
 
     def __post_init__(self) -> None:
+        require(self, "ppo", 1, "batch_size", "num_minibatches", "num_ppo_epochs", "sample_every")
+        require(self, "ppo", 0, "lr", "value_lr", "temperature", "cliprange", "cliprange_value")
         refuse(
             self.batch_size % self.num_minibatches != 0,
             f"--ppo.batch-size {self.batch_size} is not a multiple of --ppo.num-minibatches {self.num_minibatches}",
@@ -260,7 +285,6 @@ class PPO:
             self.total_episodes < self.batch_size,
             f"--ppo.total-episodes {self.total_episodes} is less than one batch, --ppo.batch-size {self.batch_size}",
         )
-        refuse(self.temperature <= 0, f"--ppo.temperature is {self.temperature}, must be above 0")
         for name in ("gamma", "lam"):
             refuse(not 0 <= getattr(self, name) <= 1, f"--ppo.{name} is {getattr(self, name)}, must lie in [0, 1]")
 
@@ -273,6 +297,10 @@ class Evaluate:
     """Posts to summarise, at most."""
     temperature: float = 0.01
     """Sampling temperature, next to greedy. Paper: 0.01."""
+
+    def __post_init__(self) -> None:
+        require(self, "evaluate", 1, "posts")
+        require(self, "evaluate", 0, "temperature")
 
 
 @dataclass(frozen=True)
@@ -291,7 +319,7 @@ class Compute:
     """Clip the gradient to this norm; 0 never [D22]. Paper: none."""
 
     def __post_init__(self) -> None:
-        refuse(min(self.micro_batch_size, self.sample_batch_size) < 1, "--compute batch sizes must be at least 1")
+        require(self, "compute", 1, "micro_batch_size", "sample_batch_size")
 
 
 STAGES = ("corpus", "pretrain", "sft", "compare", "reward", "ppo", "evaluate")
@@ -861,10 +889,18 @@ def small_model(size: Pretrain, tokenizer: PreTrainedTokenizerBase, seed: int) -
     return model
 
 
+def load_pretrained(auto: type, folder: str | Path, **options: object):
+    """A transformers object from a folder or the Hub; whatever goes wrong becomes one line that names the folder."""
+    try:
+        return auto.from_pretrained(folder, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{folder}: cannot load: {' '.join(str(error).split())[:200]}") from None
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_pretrained(AutoTokenizer, folder)
     refuse(tokenizer.eos_token_id is None, f"{folder}: the tokenizer has no EOS token, and responses must end with one")
     return tokenizer
 
@@ -873,7 +909,7 @@ def load_policy(folder: str | Path) -> PreTrainedModel:
     """A causal language model, weights in float32 [D21], dropout off: it stays in eval mode, always [D11]."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32).eval()
 
 
 class ScalarModel(nn.Module):
@@ -893,8 +929,8 @@ class ScalarModel(nn.Module):
     def load(cls, folder: str | Path, train_bias: bool = False) -> ScalarModel:
         from transformers import AutoModelForSequenceClassification
 
-        auto = AutoModelForSequenceClassification
-        return cls(auto.from_pretrained(folder, num_labels=1, dtype=torch.float32).eval(), train_bias)
+        options = {"num_labels": 1, "dtype": torch.float32}
+        return cls(load_pretrained(AutoModelForSequenceClassification, folder, **options).eval(), train_bias)
 
     @torch.no_grad()
     def reset_head(self, generator: np.random.Generator) -> ScalarModel:
@@ -1662,6 +1698,8 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config, self.engine = config, Engine.start(config.compute)
+        missing = config.from_run is not None and not config.from_run.is_dir()
+        refuse(missing, f"--from-run {config.from_run}: no such folder")
         self.folder = fresh_folder(config.out, config.name)
         self.started, self.entered, self.stage, self.step = time.monotonic(), time.monotonic(), "", 0
         self.seconds: dict[str, float] = {}

@@ -115,7 +115,9 @@ def close(actual: Tensor, expected: object, tolerance: float | None = None) -> N
     assert result.shape == expected.shape, f"shape is {tuple(result.shape)}, should be {tuple(expected.shape)}"
     tolerance = tolerance or (1e-9 if actual.dtype == torch.float64 else 1e-4)
     scale = max(1.0, expected.nan_to_num(0, 0, 0).abs().max().item()) if expected.numel() else 1.0
-    wrong = ~((result - expected).abs() <= tolerance * scale) & ~((result == expected) | (result.isnan() & expected.isnan()))
+    wrong = ~((result - expected).abs() <= tolerance * scale) & ~(
+        (result == expected) | (result.isnan() & expected.isnan())
+    )
     assert not wrong.any(), f"got\n{result}\nshould be\n{expected}"
 
 
@@ -156,7 +158,9 @@ def numbers(low: float = -3, high: float = 3) -> st.SearchStrategy[float]:
 
 
 @st.composite
-def sequences(draw: st.DrawFn, *names: str, rows: int = 4, longest: int = 6, **ranges: tuple[float, float]) -> Sequences:
+def sequences(
+    draw: st.DrawFn, *names: str, rows: int = 4, longest: int = 6, **ranges: tuple[float, float]
+) -> Sequences:
     """One to four sequences of one to six numbers under each name; `name=(low, high)` narrows the range."""
     lengths = draw(st.lists(st.integers(1, longest), min_size=1, max_size=rows))
     limits = {name: (-3.0, 3.0) for name in names} | ranges
@@ -397,7 +401,9 @@ def test_whiten_gives_mean_zero_and_variance_one(s):
     white = impl.whiten(s.dense("x"), s.mask())[s.mask()]
     close(white.mean(), 0.0, tolerance=1e-5)
     n = len(flat)
-    assert any(abs(white.var(correction=0).item() * k - 1) < 1e-4 for k in (1, n / (n - 1))), f"{white.var(correction=0)=}"
+    assert any(abs(white.var(correction=0).item() * k - 1) < 1e-4 for k in (1, n / (n - 1))), (
+        f"{white.var(correction=0)=}"
+    )
     close(white * flat.std(), (flat - flat.mean()) * (white.std() or 1), tolerance=1e-5)
 
 
@@ -631,7 +637,8 @@ def test_gae_with_lambda_zero_is_the_td_residual(s, gamma):
 )  # fmt: skip
 def test_gae_with_lambda_one_is_monte_carlo_minus_value(s, gamma):
     expected = [
-        [sum(gamma**k * x for k, x in enumerate(r[t:])) - v[t] for t in range(len(r))] for r, v in zip(s.rewards, s.values)
+        [sum(gamma**k * x for k, x in enumerate(r[t:])) - v[t] for t in range(len(r))]
+        for r, v in zip(s.rewards, s.values)
     ]
     close(gae_of(s, gamma, 1.0)[0], padded(expected, max(s.lengths)))
 
@@ -899,7 +906,8 @@ def test_aggregate_of_parts_adds_up_to_the_whole(s, how, size):
         factor = torch.ones((), dtype=torch.float64, requires_grad=True)
         count = sum(s.lengths) if how == "token" else len(s.lengths)
         parts = [
-            impl.aggregate(factor * s[rows].dense("losses").square(), s[rows].mask(), how, normalizer=count) for rows in groups
+            impl.aggregate(factor * s[rows].dense("losses").square(), s[rows].mask(), how, normalizer=count)
+            for rows in groups
         ]
         total = sum(parts)
         total.backward()
@@ -1011,7 +1019,9 @@ def test_truncation_that_cannot_succeed_is_an_error(post):
 # what holds for every function that takes a mask [D5, D23]
 
 
-def masked_calls(s: Sequences, junk: float, extra: int, dtype: torch.dtype = torch.float64) -> dict[str, Callable[[], object]]:
+def masked_calls(
+    s: Sequences, junk: float, extra: int, dtype: torch.dtype = torch.float64
+) -> dict[str, Callable[[], object]]:
     """One call of each function that takes a mask, with `junk` in `extra` more slots of padding."""
 
     def x(name: str) -> Tensor:
@@ -1086,9 +1096,28 @@ def masked_laws(name: str) -> None:
 
     more, junks = st.integers(1, 3), st.sampled_from([math.nan, math.inf, -math.inf])
     state("does_not_see_more_padding", "more padding changes nothing", more_padding, s=masked, extra=more)
-    state("ignores_numbers_outside_the_mask", "numbers outside the mask change nothing", junk_outside, s=masked, extra=more)
-    state("ignores_nan_outside_the_mask", "NaN and infinity outside the mask change nothing", nan_outside, s=masked, extra=more, junk=junks)
-    state("does_not_depend_on_the_order_of_rows", "permuting rows permutes results", order, s=masked, seed=st.integers(0, 9))
+    state(
+        "ignores_numbers_outside_the_mask",
+        "numbers outside the mask change nothing",
+        junk_outside,
+        s=masked,
+        extra=more,
+    )
+    state(
+        "ignores_nan_outside_the_mask",
+        "NaN and infinity outside the mask change nothing",
+        nan_outside,
+        s=masked,
+        extra=more,
+        junk=junks,
+    )
+    state(
+        "does_not_depend_on_the_order_of_rows",
+        "permuting rows permutes results",
+        order,
+        s=masked,
+        seed=st.integers(0, 9),
+    )
     state("leaves_its_inputs_alone", "inputs are not modified", untouched, s=masked)
     state("keeps_the_precision_of_its_input", "float32 in, float32 out; float64 in, float64 out", dtypes, s=masked)
 
@@ -1214,7 +1243,11 @@ def test_gradient_is_zero_at_the_closed_form_optimum(table, kl_coef):
     first = torch.stack([weights[[i for i, r in enumerate(RESPONSES) if r[0] == a]].sum() for a in (0, 1, 2)])
     second = [torch.stack([weights[RESPONSES.index((a, b))] for b in (0, 1, 2)]) for a in (0, 1)]
     optimum = torch.stack([first, *second]).log()
-    close(estimated_gradient(optimum, ref_logits, scores, torch.zeros(3).double(), kl_coef, 1.0), torch.zeros(3, 3), tolerance=1e-6)
+    close(
+        estimated_gradient(optimum, ref_logits, scores, torch.zeros(3).double(), kl_coef, 1.0),
+        torch.zeros(3, 3),
+        tolerance=1e-6,
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -1235,7 +1268,9 @@ def tiny_policy(family: str, seed: int = 0, vocab: int = VOCAB, scale: float = 0
     if family == "gpt2":
         config = hf.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **common)
     elif family == "neox":
-        config = hf.GPTNeoXConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, **common)
+        config = hf.GPTNeoXConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, **common
+        )
     else:
         config = hf.LlamaConfig(
             hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32,
@@ -1589,7 +1624,10 @@ def test_queries_and_responses_are_formatted_as_in_the_paper():
     post = impl.Post("cats", "a title", "text that says <|endoftext|> and goes on", "  A summary. ")
     (query,), (response,) = codec.queries([post]), codec.responses([post.summary])
     decode = tokenizer.decode
-    assert decode(query) == "SUBREDDIT: r/cats\n\nTITLE: a title\n\nPOST: text that says <|endoftext|> and goes on\n\nTL;DR:"
+    assert (
+        decode(query)
+        == "SUBREDDIT: r/cats\n\nTITLE: a title\n\nPOST: text that says <|endoftext|> and goes on\n\nTL;DR:"
+    )
     assert decode(response) == " A summary.<|endoftext|>"
     assert tokenizer.eos_token_id not in query and response.count(tokenizer.eos_token_id) == 1
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
@@ -1677,7 +1715,9 @@ def tiny_models(family: str, shared: bool = False):
     value_model = impl.ValueHead(16) if shared else tiny_scalar(family, 1, train_bias=True)
     if shared:
         torch.nn.init.constant_(value_model.linear.weight, 0.1)
-    return impl.Models(policy, value_model, ref_policy.requires_grad_(False), tiny_scalar(family, 2).requires_grad_(False))
+    return impl.Models(
+        policy, value_model, ref_policy.requires_grad_(False), tiny_scalar(family, 2).requires_grad_(False)
+    )
 
 
 def tiny_rollout(models, config, micro_batch_size: int = 32, rows: int = 8):
@@ -1691,7 +1731,9 @@ def advantages_and_returns(rollout, config) -> tuple[Tensor, Tensor]:
     return impl.whiten(advantages, rollout.mask), returns
 
 
-def gradient_of(losses: Callable[[list[int]], dict[str, Tensor]], groups: list[list[int]], modules: list) -> tuple[Tensor, dict]:
+def gradient_of(
+    losses: Callable[[list[int]], dict[str, Tensor]], groups: list[list[int]], modules: list
+) -> tuple[Tensor, dict]:
     """Gradient (one long vector) and statistics of a minibatch cut into these micro-batches."""
     for module in modules:
         module.zero_grad()
@@ -1714,7 +1756,9 @@ def check_splitting(losses: Callable[[list[int]], dict[str, Tensor]], rows: list
         error = ((split - whole).norm() / whole.norm()).item()
         assert error < 1e-5, f"micro-batches of {size}: gradient differs by {error:.1e} of its norm"
         for name, value in statistics.items():
-            assert split_statistics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), f"micro-batches of {size}: {name}"
+            assert split_statistics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (
+                f"micro-batches of {size}: {name}"
+            )
 
 
 @law(
@@ -1728,7 +1772,9 @@ def test_ppo_micro_batches_do_not_change_the_step():
         config = impl.PPO(average=average, kl_in=kl_in, value_model=value, batch_size=8, num_minibatches=2)
         models = tiny_models(family, value == "shared")
         rollout = tiny_rollout(models, config)
-        old = rollout._replace(logprobs=rollout.logprobs + 0.3 * uniforms(*rollout.logprobs.shape, 5).masked_fill(~rollout.mask, 0))
+        old = rollout._replace(
+            logprobs=rollout.logprobs + 0.3 * uniforms(*rollout.logprobs.shape, 5).masked_fill(~rollout.mask, 0)
+        )
         rows = [6, 1, 3, 0, 7]
         advantages, returns = advantages_and_returns(rollout, config)
 
@@ -1813,8 +1859,14 @@ def test_rollout_holds_what_each_model_said():
         n, tokens = len(response), torch.tensor([query + response])
         here = slice(len(query) - 1, len(query) + n - 1)
         with torch.no_grad():
-            tables = [(m(input_ids=tokens).logits[0, here].double() / 0.7).log_softmax(-1) for m in (models.policy, models.ref_policy)]
-            value = models.value_model.classifier(input_ids=tokens[:, : len(query)]).logits.item() + models.value_model.bias.item()
+            tables = [
+                (m(input_ids=tokens).logits[0, here].double() / 0.7).log_softmax(-1)
+                for m in (models.policy, models.ref_policy)
+            ]
+            value = (
+                models.value_model.classifier(input_ids=tokens[:, : len(query)]).logits.item()
+                + models.value_model.bias.item()
+            )
         for result, table in zip((rollout.logprobs, rollout.ref_logprobs), tables):
             close(result[i, :n], [table[t, token].item() for t, token in enumerate(response)], tolerance=1e-5)
         close(rollout.entropy[i, :n], -(tables[0].exp() * tables[0]).sum(-1), tolerance=1e-5)
@@ -1830,7 +1882,14 @@ def invented_rollout(s: Sequences, ended: list[bool]):
     columns = {name: s.dense(name) for name in "abc"}
     batch = impl.Batch([[1]] * len(ended), [[0] * (n - 1) + [EOS if e else 0] for n, e in zip(s.lengths, ended)])
     return impl.Rollout(
-        batch, s.mask(), columns["a"], columns["b"], columns["c"].abs(), columns["c"], columns["c"][:, 0], torch.tensor(ended)
+        batch,
+        s.mask(),
+        columns["a"],
+        columns["b"],
+        columns["c"].abs(),
+        columns["c"],
+        columns["c"][:, 0],
+        torch.tensor(ended),
     )
 
 
@@ -1895,7 +1954,9 @@ def test_ppo_loss_adds_up():
     shift = (uniforms(*rollout.logprobs.shape, 7) - 0.5).masked_fill(~rollout.mask, 0)
     old = rollout._replace(logprobs=rollout.logprobs - shift, values=rollout.values - shift)
     rows = [2, 0, 5, 7]
-    shares = {k: v.item() for k, v in impl.ppo_losses(models, old, advantages, returns, rows, config, engine(), rows).items()}
+    shares = {
+        k: v.item() for k, v in impl.ppo_losses(models, old, advantages, returns, rows, config, engine(), rows).items()
+    }
     policy_terms, value_terms, clipped, ratios_seen = [], [], 0, []
     for i in rows:
         for t in range(int(rollout.mask[i].sum())):
@@ -1933,7 +1994,8 @@ def test_kl_in_the_loss_adds_its_price():
     advantages, returns = advantages_and_returns(rollout, config)
     rows = list(range(8))
     with_kl, without = (
-        impl.ppo_losses(models, rollout, advantages, returns, rows, c, engine(), rows)["loss"] for c in (config, replace(config, kl_coef=0.0))
+        impl.ppo_losses(models, rollout, advantages, returns, rows, c, engine(), rows)["loss"]
+        for c in (config, replace(config, kl_coef=0.0))
     )
     k2 = (rollout.logprobs - rollout.ref_logprobs).square() / 2
     close((with_kl - without).detach(), 0.5 * k2[rollout.mask].mean(), tolerance=1e-4)
@@ -2110,7 +2172,9 @@ def test_frozen_models_stay_frozen():
     after, before = weights_of(workshop() / "runs" / "again" / "ppo"), weights_of(folder / "sft")
     assert any(not after[name].equal(before[name]) for name in before), "PPO trained nothing"
     assert after.keys() == weights_of(folder / "ppo").keys()
-    assert all(x.equal(weights_of(folder / "ppo")[name]) for name, x in after.items()), "PPO alone is not PPO in the run"
+    assert all(x.equal(weights_of(folder / "ppo")[name]) for name, x in after.items()), (
+        "PPO alone is not PPO in the run"
+    )
 
 
 @law(
@@ -2240,4 +2304,286 @@ def test_ppo_converges_to_the_closed_form_optimum():
     optimum = (ref + paid / beta).softmax(-1)
     start, distance = ((x - optimum).abs().sum().item() / 2 for x in (ref.exp(), pi.exp()))
     assert start > 0.05, "the optimum should be away from the start"
-    assert distance < 0.02, f"total variation {distance:.3f} from π*, {start:.3f} at the start: {pi.exp().tolist()}, {optimum.tolist()}"
+    assert distance < 0.02, (
+        f"total variation {distance:.3f} from π*, {start:.3f} at the start: {pi.exp().tolist()}, {optimum.tolist()}"
+    )
+
+
+# -----------------------------------------------------------------------------
+# the program: flags, errors, imports
+
+PROGRAM = ("Config", "start", "main")
+
+
+def program(*flags: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run the implementation as a user does, without network."""
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    command = [sys.executable, str(Path(impl.__file__).resolve()), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd or workshop(), env=offline)
+
+
+def all_flags(config: object, prefix: str = "") -> Iterator[tuple[str, type, str]]:
+    """Flag, class and field of every setting, nested ones too."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            yield from all_flags(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, type(config), field.name
+
+
+@law(
+    "--help explains every flag, without network",
+    "README: python pmo.py --help", *PROGRAM,
+)  # fmt: skip
+def test_help_explains_every_flag():
+    source = inspect.getsource(impl)
+    result = program("--help")
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    for flag, cls, name in all_flags(impl.Config()):
+        assert "--" + flag.replace("_", "-") in result.stdout, f"--help does not mention {flag}"
+        body = source[source.index(f"class {cls.__name__}:") :]
+        after = body[re.search(rf"^    {name}: ", body, re.MULTILINE).start() :].split("\n", 1)[1]
+        assert after.startswith('    """'), f"{cls.__name__}.{name} has no docstring under it"
+
+
+@law(
+    "every flag is read somewhere outside its definition",
+    "a flag that does nothing is a lie", *PROGRAM,
+)  # fmt: skip
+def test_every_flag_is_read():
+    source = inspect.getsource(impl)
+    after_config = source[source.index("# maths: ") :]
+    for flag, cls, name in all_flags(impl.Config()):
+        properties = [inspect.getsource(p.fget) for p in vars(cls).values() if isinstance(p, property)]
+        text = after_config + "".join(properties)
+        assert re.search(rf"\.{name}\b", text), f"--{flag} is never read"
+
+
+@law(
+    "importing the module loads no transformers, touches no file and no network",
+    "contract: the maths can be copied and imported alone", *PROGRAM,
+)  # fmt: skip
+def test_importing_is_light():
+    code = "import sys, importlib; importlib.import_module(sys.argv[1]); print('transformers' in sys.modules)"
+    folder = Path(impl.__file__).resolve().parent
+    command = [sys.executable, "-c", code, Path(impl.__file__).stem]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=folder)
+    assert result.stdout.strip() == "False", result.stdout + result.stderr
+
+
+def config_error(make: Callable[[], object]) -> str:
+    with pytest.raises(impl.InputError) as error:
+        make()
+    return str(error.value)
+
+
+@law(
+    "settings that contradict each other are refused, with both flags and both numbers",
+    "DESIGN: derived values are never flags", *PROGRAM, "PPO", "Pretrain", "Data",
+)  # fmt: skip
+def test_contradictions_are_refused_with_both_numbers():
+    message = config_error(lambda: impl.PPO(batch_size=10, num_minibatches=4))
+    assert "--ppo.batch-size 10" in message and "--ppo.num-minibatches 4" in message
+    message = config_error(lambda: impl.PPO(total_episodes=100, batch_size=128))
+    assert "--ppo.total-episodes 100" in message and "--ppo.batch-size 128" in message
+    message = config_error(lambda: impl.Pretrain(width=100, heads=3))
+    assert "--pretrain.width 100" in message and "--pretrain.heads 3" in message
+    for bad in (
+        dict(temperature=0.0),
+        dict(gamma=1.5),
+        dict(lam=-0.1),
+        dict(lr=-1.0),
+        dict(batch_size=0),
+        dict(cliprange=0.0),
+    ):
+        (name,) = bad
+        assert f"--ppo.{name.replace('_', '-')}" in config_error(lambda bad=bad: impl.PPO(**bad))
+    assert "--data.valid" in config_error(lambda: impl.Data(train=Path("x")))
+    assert "{post}" in config_error(lambda: impl.Data(query_format="nothing"))
+    assert "{heading}" in config_error(lambda: impl.Data(query_format="{heading} {post}"))
+
+
+@law(
+    "bad input ends with exit code 2 and one line that names the culprit, never a traceback",
+    "README: errors", *PROGRAM,
+)  # fmt: skip
+def test_bad_input_gives_one_line_and_exit_code_2():
+    here = workshop()
+    train, valid = toy_files()
+    data = ["--data.train", train, "--data.valid", valid]
+    (here / "broken.jsonl").write_text(
+        '{"subreddit": "a", "title": "b", "post": "c", "summary": "d"}\n{"subreddit": "a"}\n'
+    )
+    (here / "empty.jsonl").write_text("")
+    (here / "a file").write_text("")
+    cases = {
+        "contradiction": (["--ppo.batch-size", 10, "--ppo.num-minibatches", 4], "10"),
+        "unknown flag": (["--ppo.clip", 1], "clip"),
+        "missing file": (["--data.train", "nowhere.jsonl", "--data.valid", valid], "nowhere.jsonl"),
+        "broken record": (["--data.train", here / "broken.jsonl", "--data.valid", valid], "line 2: field 'title'"),
+        "no records": (["--data.train", here / "empty.jsonl", "--data.valid", valid], "empty.jsonl"),
+        "missing model": ([*data, "--stages", "sft", "--model", here / "no model"], "no model"),
+        "not a model": ([*data, "--stages", "sft", "--model", here], str(here)),
+        "missing stage": ([*data, "--stages", "ppo"], "sft"),
+        "missing run": ([*data, "--stages", "ppo", "--from-run", "no-such-run"], "no-such-run"),
+        "unwritable": (["--out", here / "a file" / "runs"], "a file"),
+        "existing run": (["--out", finished_run().parent, "--name", finished_run().name], "exists"),
+    }
+    for name, (flags, culprit) in cases.items():
+        before = sorted(path.name for path in finished_run().rglob("*"))
+        result = program("--out", here / "errors", *flags)
+        said = result.stderr
+        assert result.returncode == 2, f"{name}: exit code {result.returncode}\n{said}"
+        assert "Traceback" not in said and culprit in said, f"{name}:\n{said}"
+        if name not in ("contradiction", "unknown flag"):  # tyro draws a box around those
+            assert len(said.strip().splitlines()) == 1, f"{name}: more than one line\n{said}"
+        assert sorted(path.name for path in finished_run().rglob("*")) == before
+
+
+@law(
+    "runs without a name never share a folder",
+    "README: files of a run", "fresh_folder",
+)  # fmt: skip
+def test_unnamed_runs_get_fresh_folders():
+    out = workshop() / "fresh"
+    assert [impl.fresh_folder(out, None).name for _ in range(3)] == ["run-001", "run-002", "run-003"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@law(
+    "any JSON is either a valid record or a clear error, never another exception",
+    "README: errors", "parse_post", "parse_comparison", "InputError",
+    base=st.sampled_from(["post", "comparison"]), field=st.sampled_from(["subreddit", "post", "info", "summaries", "choice"]), value=JSON,
+)  # fmt: skip
+def test_any_record_is_parsed_or_refused(base, field, value):
+    info = {"subreddit": "a", "title": "b", "post": "c", "summary": "d"}
+    record = info if base == "post" else {"info": info, "summaries": [{"text": "x"}, {"text": "y"}], "choice": 1}
+    parse = impl.parse_post if base == "post" else impl.parse_comparison
+    parse(record)
+    try:
+        result = parse(record | {field: value})
+    except impl.InputError as error:
+        assert field in str(error) or "field" in str(error)
+    else:
+        assert all(isinstance(x, (str, tuple)) for x in result)
+
+
+@law(
+    "a human comparison's choice decides which text is chosen",
+    "[5] appendix: 'choice' is the index of the preferred summary", "parse_comparison",
+)  # fmt: skip
+def test_the_choice_is_the_chosen_text():
+    for choice in (0, 1):
+        record = {
+            "info": {"subreddit": "a", "title": "b", "post": "c"}, "choice": choice,
+            "summaries": [{"text": "first", "policy": "sup1"}, {"text": "second", "policy": "ref"}],
+        }  # fmt: skip
+        parsed = impl.parse_comparison(record)
+        assert (parsed.chosen, parsed.rejected) == (("first", "second") if choice == 0 else ("second", "first"))
+        assert parsed.kind == "ref vs sup1"
+
+
+# the corpus and its labeler
+
+
+@law(
+    "the corpus has no near-duplicates: no summary twice but for its identifiers, no body twice in its first 60 letters",
+    "held-out posts must be new", "build_corpus", "Post",
+)  # fmt: skip
+def test_the_corpus_has_no_near_duplicates():
+    body = "This body has many more than eight words in it, and all of them are different, I really think."
+    summaries = [
+        ("a.py", "Return the value of `x` in the list.", body),
+        ("b.py", "Draw the same body once more, please.", body + " Another end, but the same start."),
+        (
+            "b.py",
+            "Return the value of `other_name` in the list.",
+            "A body of its own, long enough to be kept, it seems to me.",
+        ),
+        (
+            "b.py",
+            "Return the value of SomeClass4 in the list.",
+            "A body that is quite another one, with words enough to stay in.",
+        ),
+        ("c.py", "Give back something completely different.", body),
+        (
+            "d.py",
+            "Draw a picture of seven green lines.",
+            "Yet another body, which nobody has seen, of more than eight words.",
+        ),
+    ]
+    pairs = ((file, impl.Post("lib", "name", post, summary)) for file, summary, post in summaries)
+    files = impl.build_corpus(pairs)
+    assert {file: len(posts) for file, posts in files.items()} == {"a.py": 1, "d.py": 1}
+
+
+@law(
+    "docstrings become posts: the name in words, the first line, the prose that follows without examples",
+    "PEP 257", "docstrings",
+)  # fmt: skip
+def test_docstrings_become_posts():
+    posts = {(post.subreddit, post.title): post for _, post in itertools.islice(impl.docstrings(), 40_000)}
+    post = posts["python", "cleandoc"] if ("python", "cleandoc") in posts else posts["python", "getdoc"]
+    assert post.summary.startswith(("Clean up indentation", "Get the documentation"))
+    assert {subreddit for subreddit, _ in posts} >= {"python", "torch"}
+    assert not any(">>>" in post.post.split("\n\n")[0][:3] for post in posts.values())
+
+
+@law(
+    "the labeler prefers the summary of this post to one of another, ignores words that fit every post, and stays in [0, 1]",
+    "README: the labeler", "Labeler", "Post",
+)  # fmt: skip
+def test_the_labeler_judges_the_post_not_the_style():
+    posts = toy_posts(60)
+    labeler = impl.Labeler(
+        [post._replace(summary="") for post in posts[:12]]
+        + [posts[0]._replace(title=f"x{c}", post="filler") for c in "abcdefgh" * 20]
+    )
+    assert labeler.score(posts[0], posts[0].summary) > 0.3
+    assert labeler.score(posts[0], posts[1].summary) == 0
+    assert labeler.score(posts[0], "Somebody likes a lot.") == 0
+    assert labeler.score(posts[0], "") == 0
+    for post in posts[:12]:
+        assert 0 <= labeler.score(post, post.post) <= 1 + 1e-9
+
+
+# -----------------------------------------------------------------------------
+# on a GPU
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@gpu
+@law(
+    "on a GPU, in bfloat16, a run works and the mean |log ratio| before the first step stays below 0.02",
+    "D14, D21", *RUN_NEEDS,
+)  # fmt: skip
+def test_a_run_on_the_gpu_in_bfloat16():
+    folder = finished_run("cuda", compute=impl.Compute(device="cuda", precision="bfloat16"))
+    updates = [record for record in metrics_of(folder) if record["stage"] == "ppo"]
+    assert updates and all(record["policy/first_abs_log_ratio"] <= 0.02 for record in updates)
+    assert {x.dtype for x in weights_of(folder / "ppo").values()} == {torch.float32}
+
+
+@gpu
+@law(
+    "on a GPU in float32 log-probabilities, values and scores are the CPU's",
+    "D5", *ENGINE_NEEDS, "ScalarModel",
+)  # fmt: skip
+def test_gpu_and_cpu_agree():
+    batch, (policy, scalar) = some_batch(), (tiny_policy("neox"), tiny_scalar("neox"))
+
+    def look(device: str) -> list[Tensor]:
+        policy.to(device), scalar.to(device)
+        function = lambda x: [impl.response_logprobs(policy, x, 0.7), scalar(x), scalar.scores(x)]  # noqa: E731
+        return [x.cpu() for x in impl.map_rows(batch, engine(device=torch.device(device)), function)]
+
+    for cpu, cuda in zip(look("cpu"), look("cuda")):
+        close(cuda, cpu, tolerance=1e-3)
