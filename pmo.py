@@ -654,16 +654,15 @@ class Codec:
 
     def queries(self, posts: Sequence[Post]) -> list[list[int]]:
         """Formatted posts [D1], cut at a paragraph where they exceed `query_tokens` [D2]."""
-        limit, template = self.data.query_tokens, self.data.query_format
+        queries = self.encode([self.data.query_format.format(**post._asdict()) for post in posts])
+        long = (len(query) > self.data.query_tokens for query in queries)
+        return [self.cut_query(post) if too_long else query for post, query, too_long in zip(posts, queries, long)]
 
-        def tokens(post: Post, text: str) -> list[int]:
-            return self.encode([template.format(**post._replace(post=text)._asdict())])[0]
+    def cut_query(self, post: Post) -> list[int]:
+        def tokens(text: str) -> list[int]:
+            return self.encode([self.data.query_format.format(**post._replace(post=text)._asdict())])[0]
 
-        queries = self.encode([template.format(**post._asdict()) for post in posts])
-        for i, post in enumerate(posts):
-            if len(queries[i]) > limit:
-                queries[i] = tokens(post, truncate_post(post.post, lambda text: len(tokens(post, text)) <= limit))
-        return queries
+        return tokens(truncate_post(post.post, lambda text: len(tokens(text)) <= self.data.query_tokens))
 
     def responses(self, summaries: Sequence[str]) -> list[list[int]]:
         """One space, the summary, EOS [D1, D4]. Never cut: a cut response would lose its EOS."""
@@ -786,12 +785,11 @@ def build_corpus(seed_posts: Iterator[tuple[str, Post]]) -> dict[str, list[Post]
     for file, post in seed_posts:
         if not is_good_summary(post.summary) or len(post.post.split()) < 8:
             continue
-        words_alone = re.sub(r"`[^`]*`|\w*[A-Z0-9_]\w*|\W+", " ", post.summary[1:])
+        words_alone = re.sub(r"`[^`]*`|\w*[A-Z0-9_]\w*|[^\w`]+|`", " ", post.summary[1:])
         keys = {" ".join(words_alone.split()), re.sub(r"\W+", "", post.post)[:60].lower()}
         if not keys & seen:
-            files.setdefault(file, []).append(
-                post._replace(post=truncate_post(post.post, lambda text: len(text) <= 240))
-            )
+            body = truncate_post(post.post, lambda text: len(text) <= 240)
+            files.setdefault(file, []).append(post._replace(post=body))
         seen |= keys
     return files
 

@@ -25,10 +25,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -1434,7 +1432,7 @@ def test_rollout_distribution_is_the_scored_distribution():
         drawn = impl.sample(policy, queries, uniforms(n, 3), 0.7, 2, engine(sample_batch_size=1000))
         for offset, query in enumerate(([0, 1], [1])):
             batch = impl.Batch([query] * len(responses), [list(r) for r in responses])
-            (logprobs,) = impl.map_rows(batch, engine(), lambda x: [impl.response_logprobs(policy, x, 0.7)])  # noqa: B023
+            (logprobs,) = impl.map_rows(batch, engine(), lambda x: [impl.response_logprobs(policy, x, 0.7)])
             probabilities = logprobs.double().sum(1).exp()
             close(probabilities.sum(), 1.0, tolerance=1e-5)
             counts = torch.tensor([drawn[offset::2].count(list(r)) for r in responses]).double()
