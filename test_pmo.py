@@ -86,7 +86,7 @@ def law(statement: str, source: str, *needs: str, choice: bool = False, **strate
             known = KNOWN_FAILURES.get(stated.name)
             try:
                 stated.hold()
-            except Exception as error:
+            except (Exception, pytest.fail.Exception) as error:
                 if known:
                     pytest.xfail(known)
                 if choice and not is_pmo:
@@ -501,7 +501,7 @@ def test_k2_and_k3_are_not_negative(s):
 
 @law(
     "k3 of nearly equal policies is k1²/2 to a few percent, in float32 too",
-    "Taylor: e⁻ˣ − 1 + x = x²/2 − …; exp(x) − 1 loses all digits", "kl_estimate", size=st.sampled_from([1e-2, 3e-3, 1e-3]),
+    "Taylor: e⁻ˣ − 1 + x = x²/2 − …; exp(x) − 1 loses all digits", "kl_estimate", size=st.sampled_from([1e-2, 1e-3, 1e-4]),
 )  # fmt: skip
 def test_k3_keeps_its_digits_near_zero(size):
     logprobs = torch.tensor([[size, -size]], dtype=torch.float32)
@@ -1138,11 +1138,11 @@ def test_token_rewards_and_gae_treat_each_response_alone(s):
 
 
 @law(
-    "a loss has finite gradients whatever its padding holds, and none there",
+    "a loss is finite, with finite gradients, whatever its padding holds, and without gradient there",
     "contract: NaN passes through where(); it must not reach the loss", "aggregate", "masked_mean",
     s=masked, junk=st.sampled_from([math.nan, math.inf]),
 )  # fmt: skip
-def test_masked_gradients_are_finite_over_nan(s, junk):
+def test_masked_losses_are_finite_over_nan(s, junk):
     for name in ("masked_mean", "aggregate"):
         x = s.dense("a", junk, extra=1).requires_grad_()
         mask = s.mask(extra=1)
@@ -1150,7 +1150,9 @@ def test_masked_gradients_are_finite_over_nan(s, junk):
             "aggregate": lambda x, mask: impl.aggregate(x, mask, "sequence"),
             "masked_mean": lambda x, mask: impl.masked_mean(x, mask),
         }[name]
-        function(x, mask).backward()
+        result = function(x, mask)
+        assert result.isfinite(), f"{name} is {result.item()}"
+        result.backward()
         assert x.grad.isfinite().all(), f"{name}: gradient {x.grad.tolist()}"
         assert (x.grad[~mask] == 0).all(), f"{name}: gradient in padding {x.grad.tolist()}"
 
@@ -2013,6 +2015,7 @@ def test_optimizer_steps_are_adams_with_clipped_gradients():
             engine(max_grad_norm=limit), optimizer, [[0], [1]], lambda rows, x=x: {"loss": scale * x[rows[0]] ** 2 / 2}
         )
         gradient = scale * torch.tensor([3.0, -4.0])
+        assert x.grad.norm().item() == pytest.approx(min(5 * scale, limit or math.inf), rel=1e-4)
         assert statistics["grad_norm"] == pytest.approx(5 * scale) and statistics["loss"] == pytest.approx(12.5 * scale)
         if limit and 5 * scale > limit:
             gradient = gradient / (5 * scale) * limit
@@ -2440,12 +2443,14 @@ def test_bad_input_gives_one_line_and_exit_code_2():
 
 
 @law(
-    "runs without a name never share a folder",
+    "runs never share a folder: without a name they get the next free one, with a taken name they do not start",
     "README: files of a run", "fresh_folder",
 )  # fmt: skip
-def test_unnamed_runs_get_fresh_folders():
+def test_runs_never_share_a_folder():
     out = workshop() / "fresh"
     assert [impl.fresh_folder(out, None).name for _ in range(3)] == ["run-001", "run-002", "run-003"]
+    with pytest.raises(impl.InputError, match="run-002 exists"):
+        impl.fresh_folder(out, "run-002")
 
 
 JSON = st.recursive(
@@ -2539,14 +2544,11 @@ def test_docstrings_become_posts():
     "README: the labeler", "Labeler", "Post",
 )  # fmt: skip
 def test_the_labeler_judges_the_post_not_the_style():
-    posts = toy_posts(60)
-    labeler = impl.Labeler(
-        [post._replace(summary="") for post in posts[:12]]
-        + [posts[0]._replace(title=f"x{c}", post="filler") for c in "abcdefgh" * 20]
-    )
-    assert labeler.score(posts[0], posts[0].summary) > 0.3
-    assert labeler.score(posts[0], posts[1].summary) == 0
-    assert labeler.score(posts[0], "Somebody likes a lot.") == 0
+    posts = toy_posts(120)
+    labeler = impl.Labeler(posts)
+    assert labeler.score(posts[0], "Talk of cats.") > 0.9
+    assert labeler.score(posts[0], "Talk of trains.") == 0
+    assert labeler.score(posts[0], "Nothing else happened.") == 0
     assert labeler.score(posts[0], "") == 0
     for post in posts[:12]:
         assert 0 <= labeler.score(post, post.post) <= 1 + 1e-9
@@ -2585,3 +2587,185 @@ def test_gpu_and_cpu_agree():
 
     for cpu, cuda in zip(look("cpu"), look("cuda")):
         close(cuda, cpu, tolerance=1e-3)
+
+
+# -----------------------------------------------------------------------------
+# mutants: one-line bugs a competent person could write, each with the law that must catch it
+#
+# The bug is planted into a copy of pmo's source, in memory, and the law is held against the copy. A law that catches
+# nothing is no law. Left out, because they change nothing anyone can see: the order of a sum; clamping an index that
+# only padding reaches; the first pass of whiten's mean, which the second corrects.
+
+
+@dataclass(frozen=True)
+class Mutant:
+    bug: str
+    law: str
+    old: str
+    new: str
+
+
+MUTANTS = [
+    # maths
+    Mutant("the response mask stops before EOS", "test_response_mask_ends_with_the_first_eos", "eos_before == 0", "is_eos.cumsum(1) == 0"),
+    Mutant("a response without EOS is masked out", "test_response_mask_ends_with_the_first_eos", "is_eos.cumsum(1) - is_eos.long()", "is_eos.cumsum(1) - 1"),
+    Mutant("the mask restarts after EOS", "test_response_mask_ignores_tokens_after_eos", "return eos_before == 0", "return (eos_before == 0) | ~is_eos & (eos_before > 1)"),
+    Mutant("length masks are one too long", "test_length_mask_is_true_on_the_first_slots", "device=lengths.device) < lengths[:, None]", "device=lengths.device) <= lengths[:, None]"),
+    Mutant("a missing EOS lowers the score", "test_missing_eos_replaces_the_score", "torch.full_like(scores, value))", "scores + value)"),
+    Mutant("the EOS penalty hits finished responses", "test_missing_eos_replaces_the_score", "torch.where(has_eos, scores", "torch.where(~has_eos, scores"),
+    Mutant("the EOS penalty is an average of two scores", "test_missing_eos_replaces_nan", "torch.where(has_eos, scores, torch.full_like(scores, value))", "has_eos * scores + ~has_eos * value"),
+    Mutant("log-probabilities ignore the temperature", "test_logprobs_are_log_softmax_of_tempered_logits", "_at_least_float32(logits) / temperature\n    return -F", "_at_least_float32(logits)\n    return -F"),
+    Mutant("log-probabilities multiply by the temperature", "test_logprobs_gradient_is_one_hot_minus_softmax", "_at_least_float32(logits) / temperature\n    return -F", "_at_least_float32(logits) * temperature\n    return -F"),
+    Mutant("log-probabilities stay in bfloat16", "test_logprobs_and_entropy_of_half_precision_are_float32", "_at_least_float32(logits) / temperature\n    return -F", "logits / temperature\n    return -F"),
+    Mutant("log-probabilities go through softmax", "test_logprobs_and_entropy_are_stable_for_huge_logits", 'return -F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)', "return logits.softmax(-1).log().gather(-1, tokens[..., None]).squeeze(-1)"),
+    Mutant("entropy ignores the temperature", "test_entropy_is_minus_the_expected_logprob", "(_at_least_float32(logits) / temperature).log_softmax", "_at_least_float32(logits).log_softmax"),
+    Mutant("entropy of an impossible token is NaN", "test_entropy_ignores_impossible_tokens", "logprobs.clamp(min=torch.finfo(logprobs.dtype).min)", "logprobs"),
+    Mutant("means divide by all slots", "test_masked_mean_is_the_mean_of_all_tokens", ".sum() / mask.sum()", ".sum() / mask.numel()"),
+    Mutant("means multiply by the mask", "test_masked_mean_ignores_nan_outside_the_mask", "x.masked_fill(~mask, 0).sum() /", "(x * mask).sum() /"),
+    Mutant("means are means of row means", "test_masked_mean_gradient_is_uniform_on_the_mask", "return x.masked_fill(~mask, 0).sum() / mask.sum()", "return (x.masked_fill(~mask, 0).sum(1) / mask.sum(1)).mean()"),
+    Mutant("whitening uses the sample variance", "test_whiten_uses_the_population_variance", "masked_mean(centered.square(), mask).sqrt()", "(centered.square().sum() / (mask.sum() - 1).clamp(min=1)).sqrt()"),
+    Mutant("whitening always shifts the mean", "test_whiten_without_shift_only_scales", "(centered if shift_mean else x)", "centered"),
+    Mutant("whitening divides by the variance", "test_whiten_gives_mean_zero_and_variance_one", "masked_mean(centered.square(), mask).sqrt()", "masked_mean(centered.square(), mask)"),
+    Mutant("whitening divides by the root mean square", "test_whiten_is_invariant_to_shift_and_scale", "masked_mean(centered.square(), mask).sqrt()", "masked_mean(x.square(), mask).sqrt()"),
+    Mutant("whitening blows up constants", "test_whiten_leaves_constant_input_alone", "torch.where(std < 1e-6, torch.ones_like(std), std + 1e-8)", "std + 1e-8"),
+    Mutant("whitening counts padding", "test_whiten_does_not_see_more_padding", "std = masked_mean(centered.square(), mask).sqrt()", "std = centered.square().mean().sqrt()"),
+    Mutant("whitening leaves numbers in padding", "test_whiten_ignores_numbers_outside_the_mask", "centered = (x - mean).masked_fill(~mask, 0)", "centered = x - mean"),
+    Mutant("whitening modifies its input", "test_whiten_leaves_its_inputs_alone", "    x = x.masked_fill(~mask, 0)\n    mean = masked", "    x = x.masked_fill_(~mask, 0)\n    mean = masked"),
+    Mutant("whitening works in float32", "test_whiten_keeps_the_precision_of_its_input", "    x = x.masked_fill(~mask, 0)\n    mean = masked", "    x = x.masked_fill(~mask, 0).float()\n    mean = masked"),
+    Mutant("k1 has the wrong sign", "test_k1_and_k3_are_unbiased", "k1 = logprobs - ref_logprobs", "k1 = ref_logprobs - logprobs"),
+    Mutant("k2 lacks its half", "test_kl_gradients_in_expectation", "k1.square() / 2 if", "k1.square() if"),
+    Mutant("k3 is that of the other direction", "test_k1_and_k3_are_unbiased", "torch.expm1(-k1) + k1", "torch.expm1(k1) - k1"),
+    Mutant("k3 loses its digits near zero", "test_k3_keeps_its_digits_near_zero", "torch.expm1(-k1) + k1", "torch.exp(-k1) - 1 + k1"),
+    Mutant("k2 and k3 are exchanged", "test_kl_estimates_are_schulmans", 'if kind == "k2"', 'if kind == "k3"'),
+    Mutant("k2 is an absolute value", "test_k2_and_k3_are_not_negative", "k1.square() / 2 if", "-k1.abs() if"),
+    Mutant("the score lands in the last column", "test_token_rewards_does_not_see_more_padding", "last = mask.sum(1, keepdim=True) - 1", "last = torch.full_like(mask.sum(1, keepdim=True), mask.shape[1] - 1)"),
+    Mutant("the score lands one slot after EOS", "test_score_is_paid_to_the_last_response_token", "last = mask.sum(1, keepdim=True) - 1", "last = mask.sum(1, keepdim=True).clamp(max=mask.shape[1] - 1)"),
+    Mutant("the score is paid on every token", "test_rewards_sum_to_score_minus_kl", "penalties.scatter_add(1, last, scores[:, None].to(penalties.dtype))", "penalties + scores[:, None]"),
+    Mutant("KL is a bonus", "test_score_is_paid_to_the_last_response_token", "(-kl_coef * kl)", "(kl_coef * kl)"),
+    Mutant("KL is charged in padding", "test_token_rewards_ignores_numbers_outside_the_mask", "(-kl_coef * kl).masked_fill(~mask, 0)", "-kl_coef * kl"),
+    Mutant("KL is not charged on EOS", "test_rewards_sum_to_score_minus_kl", "(-kl_coef * kl).masked_fill(~mask, 0)", "(-kl_coef * kl).masked_fill(~F.pad(mask, (0, 1))[:, 1:], 0)"),
+    Mutant("the score replaces the last KL", "test_rewards_sum_to_score_minus_kl", "penalties.scatter_add(", "penalties.scatter("),
+    Mutant("without KL there is no score", "test_without_kl_only_the_last_token_is_rewarded", "return penalties.scatter_add(", "return penalties if not kl_coef else penalties.scatter_add("),
+    Mutant("GAE bootstraps from padding", "test_gae_ignores_numbers_outside_the_mask", "values.masked_fill(~mask, 0)\n    next_value", "values\n    next_value"),
+    Mutant("GAE multiplies by the mask", "test_gae_ignores_nan_outside_the_mask", "rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)", "rewards, values = rewards * mask, values * mask"),
+    Mutant("GAE forgets γ in the residual", "test_gae_with_lambda_zero_is_the_td_residual", "gamma * next_value", "next_value"),
+    Mutant("GAE forgets γ in the sum", "test_gae_is_the_discounted_sum_of_td_residuals", "gamma * lam * next_advantage", "lam * next_advantage"),
+    Mutant("GAE forgets λ", "test_gae_is_the_weighted_average_of_n_step_estimators", "gamma * lam * next_advantage", "gamma * next_advantage"),
+    Mutant("GAE lets the last advantage run on from the last value", "test_gae_of_one_token_is_reward_minus_value", "next_value = next_advantage = torch.zeros_like(values[:, 0])", "next_value, next_advantage = values[:, -1], torch.zeros_like(values[:, 0])"),
+    Mutant("GAE never moves its next value", "test_gae_is_zero_where_values_are_perfect", "        next_value = values[:, t]\n", ""),
+    Mutant("GAE runs forwards", "test_gae_ignores_earlier_rewards", "for t in reversed(range(values.shape[1])):", "for t in range(values.shape[1]):"),
+    Mutant("returns are advantages plus rewards", "test_gae_returns_are_advantages_plus_values", "return advantages, advantages + values", "return advantages, advantages + rewards"),
+    Mutant("returns are values", "test_gae_with_lambda_one_has_returns_without_values", "return advantages, advantages + values", "return advantages, values"),
+    Mutant("GAE whitens", "test_gae_is_linear", "return advantages, advantages + values", "return whiten(advantages, mask), advantages + values"),
+    Mutant("Monte-Carlo returns are undiscounted", "test_gae_with_lambda_one_is_monte_carlo_minus_value", "delta = rewards[:, t] + gamma * next_value", "delta = rewards[:, t] + (gamma if lam < 1 else 1.0) * next_value"),
+    Mutant("the clipped loss takes the better side", "test_clipping_case_2_bad_action_above_the_range_is_not_clipped", "-torch.min(ratio", "-torch.max(ratio"),
+    Mutant("the loss is always clipped", "test_clipping_case_3_good_action_below_the_range_is_not_clipped", "-torch.min(ratio * advantages, clipped * advantages)", "-clipped * advantages"),
+    Mutant("the loss is never clipped", "test_clipping_case_1_good_action_above_the_range_is_clipped", "-torch.min(ratio * advantages, clipped * advantages)", "-ratio * advantages"),
+    Mutant("the ratio is upside down", "test_at_ratio_one_the_gradient_is_the_policy_gradient", "ratio = (logprobs - old_logprobs).exp()", "ratio = (old_logprobs - logprobs).exp()"),
+    Mutant("only the upper side is clipped", "test_clipping_case_4_bad_action_below_the_range_is_clipped", "ratio.clamp(1 - cliprange, 1 + cliprange)", "ratio.clamp(max=1 + cliprange)"),
+    Mutant("the clip range is halved", "test_inside_the_clip_range_the_loss_is_the_surrogate", "ratio.clamp(1 - cliprange, 1 + cliprange)", "ratio.clamp(1 - cliprange / 2, 1 + cliprange / 2)"),
+    Mutant("the ratio is cut at 2", "test_wide_clip_range_gives_the_unclipped_surrogate", "ratio = (logprobs - old_logprobs).exp()", "ratio = (logprobs - old_logprobs).exp().clamp(max=2.0)"),
+    Mutant("the objective is not negated", "test_policy_loss_is_never_below_the_unclipped_one", "return -torch.min(ratio", "return torch.min(ratio"),
+    Mutant("the policy loss is reduced", "test_policy_loss_depends_on_the_ratio_alone", "return -torch.min(ratio * advantages, clipped * advantages)", "return -torch.min(ratio * advantages, clipped * advantages).mean()"),
+    Mutant("advantages lose their size", "test_policy_loss_scales_with_the_advantage", "return -torch.min(ratio * advantages", "advantages = advantages.sign()\n    return -torch.min(ratio * advantages"),
+    Mutant("the ratio carries no gradient", "test_policy_loss_gradient_matches_finite_differences", "ratio = (logprobs - old_logprobs).exp()", "ratio = (logprobs - old_logprobs).exp().detach() + 0 * logprobs"),
+    Mutant("values are clipped around 0", "test_value_loss_is_the_worse_of_clipped_and_unclipped", "old_values + (values - old_values).clamp(", "values.clamp("),
+    Mutant("the value loss takes the better side", "test_value_loss_gradient_stops_beyond_the_clip", "torch.max((values - returns)", "torch.min((values - returns)"),
+    Mutant("the value loss lacks its half", "test_value_loss_inside_the_clip_is_half_the_squared_error", "(clipped - returns).square()) / 2", "(clipped - returns).square())"),
+    Mutant("values are clipped from above only", "test_value_loss_is_invariant_to_a_common_shift", "clamp(-cliprange_value, cliprange_value)", "clamp(max=cliprange_value)"),
+    Mutant("aggregate ignores the count it is given", "test_aggregate_of_parts_adds_up_to_the_whole", "(mask.sum() if normalizer is None else normalizer)", "mask.sum()"),
+    Mutant("aggregate ignores the count of rows", "test_aggregate_of_parts_adds_up_to_the_whole", "(len(rows) if normalizer is None else normalizer)", "len(rows)"),
+    Mutant("sequence means divide by the width", "test_aggregate_means_over_tokens_or_sequences", "losses.sum(1) / mask.sum(1)", "losses.mean(1)"),
+    Mutant("sequence means are sums", "test_aggregate_kinds_agree_on_equal_lengths", "losses.sum(1) / mask.sum(1)", "losses.sum(1)"),
+    Mutant("aggregate multiplies by the mask", "test_masked_losses_are_finite_over_nan", "losses = losses.masked_fill(~mask, 0)", "losses = losses * mask"),
+    Mutant("the preferred text is pushed down", "test_preference_loss_is_bradley_terry", "F.logsigmoid(chosen - rejected)", "F.logsigmoid(rejected - chosen)"),
+    Mutant("the preference loss overflows", "test_preference_loss_is_stable", "F.logsigmoid(chosen - rejected)", "torch.sigmoid(chosen - rejected).log()"),
+    Mutant("the preference loss regularises the scores", "test_preference_loss_depends_on_the_difference", "F.logsigmoid(chosen - rejected).mean()", "F.logsigmoid(chosen - rejected).mean() + chosen.square().mean()"),
+    Mutant("rewards skip KL for the first token", "test_gradient_is_unbiased_with_any_baseline", "(-kl_coef * kl).masked_fill(~mask, 0)", "(-kl_coef * kl).masked_fill(~mask, 0) * (torch.arange(kl.shape[1]) > 0)"),
+    # data
+    Mutant("posts are cut at their first newline", "test_truncation_is_by_paragraph_then_by_character", "return post[: newlines[fitting - 1]]", "return post[: newlines[0]]"),
+    Mutant("posts are cut in mid-paragraph", "test_long_queries_lose_paragraphs_and_keep_the_rest", "    if fitting:\n", "    if False:\n"),
+    Mutant("truncation keeps one character too many", "test_truncation_fits_and_is_idempotent", "key=lambda cut: not fits(post[:cut])) - 1]", "key=lambda cut: not fits(post[:cut]))]"),
+    Mutant("truncation of the impossible gives nothing", "test_truncation_that_cannot_succeed_is_an_error", 'refuse(not fits(""), "even an empty post does not fit: title and template are too long")', ""),
+    Mutant("responses lack their space", "test_queries_and_responses_are_formatted_as_in_the_paper", '" " + summary.strip()', "summary.strip()"),
+    Mutant("responses lack EOS", "test_queries_and_responses_are_formatted_as_in_the_paper", "[[*tokens, self.eos_id] for", "[[*tokens] for"),
+    Mutant("text can become EOS", "test_queries_and_responses_are_formatted_as_in_the_paper", "split_special_tokens=True", "split_special_tokens=False"),
+    Mutant("every epoch has the same order", "test_noise_is_addressed_by_the_episode", "rng(seed, purpose, epoch).permutation(n)", "rng(seed, purpose).permutation(n)"),
+    Mutant("shuffles draw with replacement", "test_shuffles_use_every_example_once_per_epoch", "rng(seed, purpose, epoch).permutation(n)", "rng(seed, purpose, epoch).integers(0, n, n)"),
+    Mutant("the seed is ignored", "test_noise_is_addressed_by_the_episode", "default_rng([seed, zlib", "default_rng([0, zlib"),
+    Mutant("the choice is upside down", "test_the_choice_is_the_chosen_text", "texts[choice], texts[1 - choice]", "texts[1 - choice], texts[choice]"),
+    Mutant("fields may be numbers", "test_any_record_is_parsed_or_refused", "refuse(not isinstance(record.get(name), str), f", "refuse(record.get(name) is None, f"),
+    Mutant("log-probabilities come one position late", "test_response_logprobs_are_the_plain_models", "[len(q) - 1 for q in batch.queries], device=device)\n    index", "[len(q) for q in batch.queries], device=device)\n    index"),
+    Mutant("ROUGE-L is recall", "test_rouge_l_is_the_f1_of_the_longest_common_subsequence", "2 * row[-1] / max(1, len(a) + len(b))", "row[-1] / max(1, len(b))"),
+    Mutant("the labeler pays for words that fit every post", "test_the_labeler_judges_the_post_not_the_style", "word: max(0.0, math.log", "word: max(1.0, math.log"),
+    Mutant("near-duplicates stay in the corpus", "test_the_corpus_has_no_near_duplicates", "if not keys & seen:", "if not keys <= seen:"),
+    # models
+    Mutant("the score is read before EOS", "test_values_are_read_before_and_scores_at_each_token", "layout.mask.sum(1, keepdim=True)\n        return", "layout.mask.sum(1, keepdim=True) - 1\n        return"),
+    Mutant("the score is read in the last column", "test_padding_changes_no_logprob_value_or_score", "last = layout.index[:, :1] + layout.mask.sum(1, keepdim=True)\n", "last = torch.full_like(layout.index[:, :1], layout.tokens.shape[1] - 1)\n"),
+    Mutant("values see the action they judge", "test_values_are_read_before_and_scores_at_each_token", "return self.at(layout.tokens, layout.index)", "return self.at(layout.tokens, (layout.index + 1).clamp(max=layout.tokens.shape[1] - 1))"),
+    Mutant("padding attends as text", "test_ids_in_padding_do_not_matter", "hidden = self.classifier.base_model(input_ids=tokens, use_cache=False).last_hidden_state", "hidden = self.classifier.base_model(input_ids=tokens, use_cache=False).last_hidden_state\n        hidden = hidden + hidden.mean(1, keepdim=True)"),
+    Mutant("centring adds the mean", "test_centring_is_idempotent", "self.bias -= mean_score", "self.bias += mean_score"),
+    Mutant("the offset is saved with the wrong sign", "test_saved_reward_model_gives_the_same_scores_in_transformers", "score_offset = -self.bias.item()", "score_offset = self.bias.item()"),
+    Mutant("the offset is not loaded", "test_value_model_starts_as_the_reward_model", "torch.tensor(-offset)", "torch.tensor(0.0)"),
+    Mutant("pad stays EOS", "test_saved_reward_model_gives_the_same_scores_in_transformers", "if pad is None or pad == eos or pad", "if pad is None or pad"),
+    Mutant("the reward head starts too small", "test_reward_head_starts_with_the_papers_spread", "/ math.sqrt(weight.shape[1] + 1)", "/ (weight.shape[1] + 1)"),
+    Mutant("dropout is on", "test_models_load_without_dropout_in_float32", "load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32).eval()", "load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32).train()"),
+    Mutant("weights keep the checkpoint's precision", "test_models_load_without_dropout_in_float32", "load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32).eval()", 'load_pretrained(AutoModelForCausalLM, folder, dtype="auto").eval()'),
+    Mutant("positions count padding", "test_sampling_does_not_depend_on_the_batch", "positions = (attention.cumsum(1) - 1).clamp(min=0)", "positions = torch.arange(Q).expand_as(tokens)"),
+    Mutant("the sampler attends to padding", "test_sampling_does_not_depend_on_the_batch", "[[0] * (Q - len(q)) + [1] * len(q) for q in queries]", "[[1] * Q for q in queries]"),
+    Mutant("the sampler ignores the temperature", "test_sampling_frequencies_are_the_tempered_softmax", "(output.logits[:, -1].float() / temperature)", "output.logits[:, -1].float()"),
+    Mutant("the sampler leaves out rare tokens", "test_rollout_distribution_is_the_scored_distribution", ".softmax(-1).cumsum(-1)", ".softmax(-1).pow(1.2).cumsum(-1)"),
+    Mutant("noise 0 draws an impossible token", "test_impossible_tokens_are_never_sampled", "right=True)", "right=False)"),
+    Mutant("responses go on after EOS", "test_sampled_responses_end_with_eos_or_are_full", "[response[:length] for response, length in zip(responses.tolist(), lengths)]", "responses.tolist()"),
+    # stages
+    Mutant("the value loss has full weight", "test_ppo_loss_adds_up", "config.vf_coef * share(value_losses)", "share(value_losses)"),
+    Mutant("approxkl lacks its half", "test_ppo_loss_adds_up", "share(log_ratio.square() / 2)", "share(log_ratio.square())"),
+    Mutant("clipfrac counts ratios, not clips", "test_ppo_loss_adds_up", "(policy_losses > unclipped)", "(log_ratio.abs() > config.cliprange)"),
+    Mutant("each micro-batch divides by its own tokens", "test_ppo_micro_batches_do_not_change_the_step", "count = rollout.mask[minibatch].sum() if", "count = layout.mask.sum() if"),
+    Mutant("SFT divides by the micro-batch's tokens", "test_sft_micro_batches_do_not_change_the_step", '"token", minibatch.response_tokens)', '"token", part.response_tokens)'),
+    Mutant("reward losses of micro-batches are not shares", "test_reward_micro_batches_do_not_change_the_step", "preference_loss(better, worse) * share", "preference_loss(better, worse)"),
+    Mutant("SFT does not learn EOS", "test_sft_loss_is_over_response_tokens_and_eos", "losses, layout.mask & ~of_query,", "losses, F.pad(layout.mask, (0, 1))[:, 1:] & ~of_query,"),
+    Mutant("Adam has its default eps", "test_optimizer_steps_are_adams_with_clipped_gradients", "eps=1e-5", "eps=1e-8"),
+    Mutant("weights decay", "test_optimizer_steps_are_adams_with_clipped_gradients", "weight_decay=0.0", "weight_decay=0.01"),
+    Mutant("gradients are not clipped", "test_optimizer_steps_are_adams_with_clipped_gradients", "engine.max_grad_norm or math.inf", "math.inf"),
+    Mutant("non-finite losses are stepped on", "test_non_finite_losses_stop_before_the_step", "refuse(not math.isfinite(value)", "refuse(False"),
+    Mutant("warm-up starts at 0", "test_schedules_rise_and_fall", "min(1.0, (step + 1) / steps)", "min(1.0, step / steps)"),
+    Mutant("a missing EOS costs nothing", "test_rewards_follow_the_flags", "scores = penalize_missing_eos(rollout.scores, rollout.has_eos, config.missing_eos_score)", "scores = rollout.scores"),
+    Mutant("KL is charged twice", "test_rewards_follow_the_flags", 'config.kl_coef if config.kl_in == "reward" else 0.0', "config.kl_coef"),
+    Mutant("reward whitening shifts the mean", "test_rewards_follow_the_flags", "whiten(rewards, rollout.mask, shift_mean=False)", "whiten(rewards, rollout.mask)"),
+    Mutant("KL in the loss is k1", "test_kl_in_the_loss_adds_its_price", '("k1" if self.kl_in == "reward" else "k2")', '"k1"'),
+    Mutant("the reference is the policy", "test_rollout_holds_what_each_model_said", "response_logprobs(models.ref_policy, layout, temperature)\n        return", "response_logprobs(models.policy, layout, temperature)\n        return"),
+    Mutant("old log-probabilities are at temperature 1", "test_ratio_is_one_before_the_first_step", "return [logprobs_of(logits, layout.responses, temperature), entropy", "return [logprobs_of(logits, layout.responses, 1.0), entropy"),
+    Mutant("rollouts keep numbers in padding", "test_rollout_holds_what_each_model_said", "part.masked_fill(~layout.mask, 0)", "part"),
+    Mutant("objective/kl is a token mean", "test_rollout_statistics_are_what_their_names_say", '"objective/kl": kl.sum(1).mean().item()', '"objective/kl": kl.mean().item()'),
+    Mutant("ties count nothing", "test_ties_count_half", "((a > b).float() + (a == b).float() / 2)", "(a > b).float()"),
+    Mutant("settings are not checked against each other", "test_contradictions_are_refused_with_both_numbers", "self.batch_size % self.num_minibatches != 0,\n", "False,\n"),
+    # whole runs
+    Mutant("the learning rate stays up", "test_a_run_logs_finite_numbers_and_ratio_one", "set_lr(optimizer, 1 - update / config.num_updates)", "set_lr(optimizer, 1.0)"),
+    Mutant("the reference learns with the policy", "test_frozen_models_stay_frozen", "policy, ref_policy = load_policy(run.sft_model), load_policy(run.sft_model).requires_grad_(False)", "policy = ref_policy = load_policy(run.sft_model)"),
+    Mutant("minibatches are the same in every epoch", "test_ppo_uses_every_rollout_once_per_epoch", 'rng(seed, "minibatches", update, epoch)', 'rng(seed, "minibatches", update)'),
+    Mutant("advantages are never whitened", "test_ppo_whitens_advantages_over_the_batch", "        if config.whiten_advantages:\n", "        if False:\n"),
+    Mutant("the reward model is not centred", "test_the_reward_model_of_a_run_is_centred", "    model.center(scores_of(model, summaries, engine).mean().item())\n", ""),
+    Mutant("runs overwrite each other", "test_runs_never_share_a_folder", "(out / name).mkdir()", "(out / name).mkdir(exist_ok=bool(name))"),
+]  # fmt: skip
+
+
+def planted(mutant: Mutant):
+    """pmo with the bug in it, as a module; the file stays as it is."""
+    source = Path(impl.__file__).read_text(encoding="utf-8")
+    assert source.count(mutant.old) == 1, f"the line to break is there {source.count(mutant.old)} times: {mutant.old!r}"
+    module = type(sys)("pmo_with_a_bug")
+    module.__file__ = impl.__file__
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    exec(compile(source.replace(mutant.old, mutant.new), impl.__file__, "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.skipif(not is_pmo, reason="mutants are planted into pmo's source")
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
+def test_some_law_fails_when(mutant, monkeypatch):
+    monkeypatch.setitem(globals(), "impl", planted(mutant))
+    if hasattr(workshop, "folder"):
+        monkeypatch.delattr(workshop, "folder")  # a mutant's runs are its own
+    with pytest.raises((AssertionError, pytest.fail.Exception)):  # a crash would prove nothing
+        LAWS[mutant.law].hold(examples=300, shrink=False)
