@@ -25,7 +25,7 @@ Departures from the code of [4], each because of a fault or for a reason given a
   3. masks come from lengths, never from `token == pad_id`;
   4. rows are padded on the right for scoring and training, so positions are right on every architecture;
   5. old log-probabilities come from the same forward pass as the update's, so the first ratio is exactly 1;
-  6. SFT trains on the response (a flag adds the prompt), AdamW decays no weights, every statistic is masked;
+  6. SFT can train on the response alone (a flag weighs the prompt), AdamW decays no weights, every statistic is masked;
   7. reward whitening only scales; advantage whitening runs over the whole batch.
 
 Shapes: B rollouts, Q query tokens, T response tokens, V vocabulary, D width; () is a scalar.
@@ -175,8 +175,9 @@ class SFT:
     """Examples per step. Paper: 128."""
     lr: float = 3e-3
     """Learning rate, cosine to 0. Paper: 3e-6."""
-    prompt_weight: float = 0.0
-    """Weight of the loss on the query's own tokens; 0 trains on the response alone [D6]. Paper's code: 1."""
+    prompt_weight: float = 0.3
+    """Weight of the loss on the query's own tokens; 0 trains on the response alone [D6], which a pretrained model
+    needs. A model this small forgets how to copy without it. Paper's code: 1."""
 
     def __post_init__(self) -> None:
         require(self, "sft", 1, "batch_size")
@@ -207,7 +208,7 @@ class Reward:
     pretraining, Askell et al. 2021, arXiv 2112.00861). Paper: 0."""
     batch_size: int = 16
     """Pairs per step. Paper: 64."""
-    lr: float = 1e-3
+    lr: float = 7e-4
     """Learning rate, cosine to 0. Paper: 3e-6."""
 
     def __post_init__(self) -> None:

@@ -25,7 +25,7 @@ exec python pmo.py \
   --data.train "$DATA/train.jsonl" --data.valid "$DATA/valid.jsonl" --data.test "$DATA/test.jsonl" \
   --data.comparisons-train "$DATA/comparisons_train.jsonl" --data.comparisons-valid "$DATA/comparisons_valid.jsonl" \
   --data.query-tokens 512 --data.response-tokens 53 --data.comparison-tokens 169 \
-  --sft.epochs 1 --sft.batch-size 128 --sft.lr 3e-6 \
+  --sft.epochs 1 --sft.batch-size 128 --sft.lr 3e-6 --sft.prompt-weight 0 \
   --reward.pretraining-pairs 0 --reward.epochs 1 --reward.batch-size 64 --reward.lr 3e-6 \
   --ppo.total-episodes 1000000 --ppo.batch-size 512 --ppo.num-minibatches 1 --ppo.num-ppo-epochs 4 \
   --ppo.lr 3e-6 --ppo.value-lr 3e-6 --ppo.kl-coef 0.05 --ppo.temperature 0.7 --ppo.missing-eos-score -1 \
