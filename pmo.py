@@ -6,11 +6,11 @@ A language model is trained from preferences in three stages: supervised fine-tu
     python pmo.py --help                             every flag with its meaning, symbol and source
     PMO_IMPL=my_module pytest test_pmo.py            hold another implementation against the same laws
 
-PPO in a dozen lines (`ppo`, below, is these lines with names and checkpoints):
+PPO in a dozen lines (`ppo`, below, is these lines with names):
 
     for update in range(num_updates):
         responses = sample(policy, queries, temperature)                # roll out, up to and including EOS
-        scores = reward_model(queries, responses), read at EOS          # -1 where EOS is missing
+        scores = reward_model(queries, responses), read at EOS          # a penalty where EOS is missing
         rewards = -kl_coef * (logprobs - ref_logprobs), + score on the last token
         advantages, returns = gae(rewards, values);  advantages = whiten(advantages)
         for epoch in range(num_ppo_epochs):
@@ -24,7 +24,7 @@ Departures from the code of [4], each because of a fault or for a reason given a
   2. a loss is divided once, by the token count of the whole minibatch, so that micro-batches cannot change it;
   3. masks come from lengths, never from `token == pad_id`;
   4. rows are padded on the right for scoring and training, so positions are right on every architecture;
-  5. old log-probabilities come from the same forward pass as the update's, so the first ratio is exactly 1;
+  5. old log-probabilities come from the same kind of forward pass as the update's, so the first ratio is 1;
   6. SFT can train on the response alone (a flag weighs the prompt), AdamW decays no weights, every statistic is masked;
   7. reward whitening only scales; advantage whitening runs over the whole batch.
 
@@ -45,6 +45,7 @@ trajectory, model ratio = importance ratio, time-weighting factor = discount.
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import inspect
 import json
@@ -60,7 +61,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from string import Formatter
@@ -94,12 +95,12 @@ def refuse(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def require(config: object, section: str, least: float, *names: str) -> None:
-    """Refuse settings below `least`, or not above it where it is 0."""
+def require(config: object, section: str, least: int | None, *names: str) -> None:
+    """Refuse settings below `least`; with None, those not above 0."""
     for name in names:
-        value, bound = getattr(config, name), "above 0" if least == 0 else f"at least {least}"
+        value, bound = getattr(config, name), "above 0" if least is None else f"at least {least}"
         flag = f"--{section}.{name}".replace("_", "-")
-        refuse(not (value > 0 if least == 0 else value >= least), f"{flag} is {value}, must be {bound}")
+        refuse(not (value > 0 if least is None else value >= least), f"{flag} is {value}, must be {bound}")
 
 
 @dataclass(frozen=True)
@@ -126,11 +127,10 @@ class Data:
     """Query template [D1]."""
 
     def __post_init__(self) -> None:
-        refuse(self.train is not None and self.valid is None, "--data.train needs --data.valid beside it")
-        refuse(
-            self.comparisons_train is not None and self.comparisons_valid is None,
-            "--data.comparisons-train needs --data.comparisons-valid beside it",
-        )
+        refuse((self.train is None) != (self.valid is None), "--data.train and --data.valid need each other")
+        refuse(self.test is not None and self.train is None, "--data.test needs --data.train and --data.valid")
+        alone = (self.comparisons_train is None) != (self.comparisons_valid is None)
+        refuse(alone, "--data.comparisons-train and --data.comparisons-valid need each other")
         require(self, "data", 2, "query_tokens", "response_tokens", "comparison_tokens")
         fields = [field for _, field, *_ in Formatter().parse(self.query_format) if field is not None]
         refuse("post" not in fields, "--data.query-format has no {post} in it")
@@ -148,7 +148,7 @@ class Pretrain:
     batch_size: int = 8
     """Posts per step."""
     lr: float = 3e-3
-    """Learning rate, constant."""
+    """Learning rate, constant after a warm-up of 50 steps (a tenth of all steps, where those are fewer)."""
     vocab_size: int = 4096
     """V, entries of the byte-level BPE trained on the corpus."""
     layers: int = 2
@@ -160,7 +160,7 @@ class Pretrain:
 
     def __post_init__(self) -> None:
         require(self, "pretrain", 1, "batch_size", "vocab_size", "layers", "width", "heads")
-        require(self, "pretrain", 0, "epochs", "lr")
+        require(self, "pretrain", None, "epochs", "lr")
         message = f"--pretrain.width {self.width} is not a multiple of --pretrain.heads {self.heads}"
         refuse(self.width % self.heads != 0, message)
 
@@ -174,14 +174,15 @@ class SFT:
     batch_size: int = 8
     """Examples per step. Paper: 128."""
     lr: float = 3e-3
-    """Learning rate, cosine to 0. Paper: 3e-6."""
+    """Learning rate, cosine to 0 after the same warm-up as in pretraining. Paper: 3e-6, no warm-up."""
     prompt_weight: float = 0.3
-    """Weight of the loss on the query's own tokens; 0 trains on the response alone [D6], which a pretrained model
-    needs. A model this small forgets how to copy without it. Paper's code: 1."""
+    """Mean loss over the query's own tokens, times this, is added to the mean over the response's [D6]. A model as
+    small as the default forgets how to copy without it; pretrained ones want 0. Paper's code: one mean over both."""
 
     def __post_init__(self) -> None:
         require(self, "sft", 1, "batch_size")
-        require(self, "sft", 0, "epochs", "lr")
+        require(self, "sft", None, "epochs", "lr")
+        require(self, "sft", 0, "prompt_weight")
 
 
 @dataclass(frozen=True)
@@ -191,7 +192,8 @@ class Compare:
     posts: int = 10_000
     """Training posts to sample for, at most."""
     samples: int = 2
-    """Samples per post at the PPO temperature; the labeler's best is compared with its worst."""
+    """Samples per post at the PPO temperature; the labeler's best is compared with its worst, and its first with a
+    sample for another post."""
 
     def __post_init__(self) -> None:
         require(self, "compare", 2, "posts", "samples")
@@ -209,11 +211,12 @@ class Reward:
     batch_size: int = 16
     """Pairs per step. Paper: 64."""
     lr: float = 7e-4
-    """Learning rate, cosine to 0. Paper: 3e-6."""
+    """Learning rate, cosine to 0 after the same warm-up as in pretraining. Paper: 3e-6, no warm-up."""
 
     def __post_init__(self) -> None:
         require(self, "reward", 1, "batch_size")
-        require(self, "reward", 0, "epochs", "lr")
+        require(self, "reward", None, "epochs", "lr")
+        require(self, "reward", 0, "pretraining_pairs")
 
 
 @dataclass(frozen=True)
@@ -277,7 +280,8 @@ class PPO:
 
     def __post_init__(self) -> None:
         require(self, "ppo", 1, "batch_size", "num_minibatches", "num_ppo_epochs", "sample_every")
-        require(self, "ppo", 0, "lr", "value_lr", "temperature", "cliprange", "cliprange_value")
+        require(self, "ppo", None, "lr", "value_lr", "temperature", "cliprange", "cliprange_value")
+        require(self, "ppo", 0, "kl_coef", "vf_coef")
         refuse(
             self.batch_size % self.num_minibatches != 0,
             f"--ppo.batch-size {self.batch_size} is not a multiple of --ppo.num-minibatches {self.num_minibatches}",
@@ -301,7 +305,7 @@ class Evaluate:
 
     def __post_init__(self) -> None:
         require(self, "evaluate", 1, "posts")
-        require(self, "evaluate", 0, "temperature")
+        require(self, "evaluate", None, "temperature")
 
 
 @dataclass(frozen=True)
@@ -313,14 +317,15 @@ class Compute:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of forward passes; weights are float32 always [D21]. auto: bfloat16 on a GPU, float32 on a CPU."""
     micro_batch_size: int = 32
-    """Rows per forward and backward pass; changes memory and speed, not the result [D20]."""
+    """Rows (pairs, for the reward model) per forward and backward pass; changes memory and speed only [D20]."""
     sample_batch_size: int = 256
     """Rows sampled together."""
     max_grad_norm: float = 1.0
-    """Clip the gradient to this norm; 0 never [D22]. Paper: none."""
+    """Clip the gradient (of policy and value model together) to this norm; 0 never [D22]. Paper: none."""
 
     def __post_init__(self) -> None:
         require(self, "compute", 1, "micro_batch_size", "sample_batch_size")
+        require(self, "compute", 0, "max_grad_norm")
 
 
 STAGES = ("corpus", "pretrain", "sft", "compare", "reward", "ppo", "evaluate")
@@ -345,7 +350,7 @@ class Config:
     reward_model: str | None = None
     """Reward model (AutoModelForSequenceClassification, one label), instead of this run's or --from-run's."""
     seed: int = 1
-    """Seed of everything random: shuffles, samples, new weights [D25]."""
+    """Seed of everything random but the corpus's split: shuffles, samples, new weights [D25]."""
     track: bool = False
     """Write TensorBoard curves too (needs `pip install pmo[track]`)."""
     data: Data = Data()
@@ -356,6 +361,19 @@ class Config:
     ppo: PPO = PPO()
     evaluate: Evaluate = Evaluate()
     compute: Compute = Compute()
+
+    def __post_init__(self) -> None:
+        refuse(self.seed < 0, f"--seed is {self.seed}, must be at least 0")
+
+    def is_given(self, stage: str) -> bool:
+        """Whether the user brings what this stage would make."""
+        return {
+            "corpus": self.data.train is not None,
+            "pretrain": self.model is not None or self.sft_model is not None,
+            "sft": self.sft_model is not None,
+            "compare": self.data.comparisons_train is not None or self.reward_model is not None,
+            "reward": self.reward_model is not None,
+        }.get(stage, False)
 
 
 # -----------------------------------------------------------------------------
@@ -581,40 +599,76 @@ class Comparison(NamedTuple):
     kind: str
 
 
+# The Hub's copies of the TL;DR data hold whole queries, in columns named prompt, completion, chosen, rejected.
+HUB_PROMPT = re.compile(r"SUBREDDIT: r/(.*?)\n\nTITLE: (.*?)\n\nPOST: (.*)\n\nTL;DR:\s*", re.DOTALL)
+
+
+def text_field(record: dict, name: str) -> str:
+    text = record.get(name)
+    refuse(not isinstance(text, str), f"field '{name}' is missing or not text")
+    refuse(any("\ud800" <= character <= "\udfff" for character in text), f"field '{name}' is not valid Unicode")
+    return text
+
+
 def parse_post(record: dict) -> Post:
-    """A record of OpenAI's tldr_3_filtered files; a missing or non-text field is an InputError."""
-    for name in Post._fields:
-        refuse(not isinstance(record.get(name), str), f"field '{name}' is missing or not text")
-    return Post(*(record[name] for name in Post._fields))
+    """A record of OpenAI's tldr_3_filtered files, or prompt and completion as on the Hub."""
+    if "prompt" not in record:
+        return Post(*(text_field(record, name) for name in Post._fields))
+    match = HUB_PROMPT.fullmatch(text_field(record, "prompt"))
+    refuse(match is None, "field 'prompt' does not read SUBREDDIT: r/... TITLE: ... POST: ... TL;DR:")
+    return Post(*match.groups(), summary=text_field(record, "completion").removesuffix("<|endoftext|>"))
 
 
-def parse_comparison(record: dict) -> Comparison:
-    """A record of OpenAI's comparison files: info, summaries (two, each with a text), choice (0 or 1)."""
-    info, summaries, choice = record.get("info"), record.get("summaries"), record.get("choice")
-    refuse(not isinstance(info, dict), "field 'info' is missing or not an object")
-    texts = [s.get("text") if isinstance(s, dict) else None for s in summaries] if isinstance(summaries, list) else []
-    refuse(len(texts) != 2 or not all(isinstance(t, str) for t in texts), "field 'summaries' is not two texts")
-    refuse(choice not in (0, 1), f"field 'choice' is {choice!r}, must be 0 or 1")
-    kind = " vs ".join(sorted(str(s.get("policy", "unknown")) for s in summaries))
-    return Comparison(parse_post({**info, "summary": ""}), texts[choice], texts[1 - choice], kind)
+def parse_comparison(record: dict) -> Comparison | None:
+    """A record of OpenAI's comparison files (info, summaries, choice), or prompt, chosen, rejected as on the Hub.
+
+    None for a comparison of another task: OpenAI's validation files hold CNN/DM articles too.
+    """
+    if "prompt" in record:
+        texts, choice, kind = [text_field(record, "chosen"), text_field(record, "rejected")], 0, "unknown"
+        post = parse_post({"prompt": record["prompt"], "completion": ""})
+    else:
+        info, summaries, choice = record.get("info"), record.get("summaries"), record.get("choice")
+        refuse(not isinstance(info, dict), "field 'info' is missing or not an object")
+        if "article" in info and "post" not in info:
+            return None
+        pair = isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(s, dict) for s in summaries)
+        refuse(not pair, "field 'summaries' is not two objects")
+        texts = [text_field(summary, "text") for summary in summaries]
+        refuse(type(choice) is not int or choice not in (0, 1), f"field 'choice' is {choice!r}, must be 0 or 1")
+        kind = " vs ".join(sorted(str(summary.get("policy", "unknown")) for summary in summaries))
+        post = parse_post({**info, "summary": ""})
+    refuse(not all(text.strip() for text in texts), "one of the two texts is empty")
+    return Comparison(post, texts[choice], texts[1 - choice], kind)
 
 
-def read_records(path: Path, parse: Callable[[dict], NamedTuple]) -> list:
-    """Parse a JSON Lines file; an InputError names file, line and field."""
-    records = []
+TOLERATED = 0.01  # share of unusable records; more are an error
+
+
+def read_records(path: Path, parse: Callable[[dict], NamedTuple | None]) -> tuple[list, list[str]]:
+    """Parsed records of a JSON Lines file (.gz too), and complaints about what was left out: file, line, field."""
+    records, unusable, others, number = [], [], 0, 0
     try:
-        with open(path, encoding="utf-8") as lines:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
-                    record = json.loads(line)
+                    record = json.loads(line.decode("utf-8"))
                     refuse(not isinstance(record, dict), "not a JSON object")
-                    records.append(parse(record))
-                except ValueError as error:
-                    raise InputError(f"{path}, line {number}: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
+                    parsed = parse(record)
+                    if parsed is None:
+                        others += 1
+                    else:
+                        records.append(parsed)
+                except (ValueError, RecursionError) as error:
+                    unusable.append(f"line {number}: {error}")
+    except (OSError, EOFError) as error:
         raise InputError(f"{path}: {error}") from None
+    complaints = [f"{path}: {others:,} of {number:,} records are of another task"] if others else []
+    if unusable:
+        complaints.append(f"{path}: {len(unusable):,} of {number:,} records are unusable: {'; '.join(unusable[:3])}")
+    refuse(len(unusable) > TOLERATED * number, f"{' '.join(complaints[-1:])} (at most {TOLERATED:.0%} may be)")
     refuse(not records, f"{path}: no records")
-    return records
+    return records, complaints
 
 
 def write_records(path: Path, records: Sequence[dict]) -> None:
@@ -653,24 +707,37 @@ class Codec:
     def encode(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids if texts else []
 
+    @property
+    def start(self) -> list[int]:
+        """BOS, for the tokenizers that put one before every text."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer("a").input_ids[0] == bos else []
+
     def queries(self, posts: Sequence[Post]) -> list[list[int]]:
         """Formatted posts [D1], cut at a paragraph where they exceed `query_tokens` [D2]."""
-        queries = self.encode([self.data.query_format.format(**post._asdict()) for post in posts])
-        long = (len(query) > self.data.query_tokens for query in queries)
-        return [self.cut_query(post) if too_long else query for post, query, too_long in zip(posts, queries, long)]
+        start, limit = self.start, self.data.query_tokens
+        encoded = self.encode([self.data.query_format.format(**post._asdict()) for post in posts])
+        queries = [start + query for query in encoded]
+        refuse(not all(queries), "--data.query-format gives an empty query for a post without text")
+        return [q if len(q) <= limit else self.cut_query(post, start) for post, q in zip(posts, queries)]
 
-    def cut_query(self, post: Post) -> list[int]:
+    def cut_query(self, post: Post, start: list[int]) -> list[int]:
         def tokens(text: str) -> list[int]:
-            return self.encode([self.data.query_format.format(**post._replace(post=text)._asdict())])[0]
+            return start + self.encode([self.data.query_format.format(**post._replace(post=text)._asdict())])[0]
 
-        return tokens(truncate_post(post.post, lambda text: len(tokens(text)) <= self.data.query_tokens))
+        try:
+            return tokens(truncate_post(post.post, lambda text: len(tokens(text)) <= self.data.query_tokens))
+        except InputError as error:
+            limit = f"--data.query-tokens {self.data.query_tokens}"
+            raise InputError(f"post titled {post.title[:60]!r}, {limit}: {error}") from None
 
     def responses(self, summaries: Sequence[str]) -> list[list[int]]:
         """One space, the summary, EOS [D1, D4]. Never cut: a cut response would lose its EOS."""
         return [[*tokens, self.eos_id] for tokens in self.encode([" " + summary.strip() for summary in summaries])]
 
-    def text(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    def text(self, response: Sequence[int]) -> str:
+        """What a response says, without its EOS. Whatever else was written stays, special or not."""
+        return self.tokenizer.decode([token for token in response if token != self.eos_id]).strip()
 
 
 @dataclass(frozen=True)
@@ -701,6 +768,11 @@ class Batch:
         """The same rows, cut after their first token: every later token is then predicted, the query's too."""
         return Batch([q[:1] for q in self.queries], [q[1:] + r for q, r in zip(self.queries, self.responses)])
 
+    def exchanged(self) -> Batch:
+        """Every query with the response to another, half the batch away: a summarizer must find these much worse."""
+        half = len(self) // 2
+        return Batch(self.queries, self.responses[half:] + self.responses[:half])
+
 
 class Layout(NamedTuple):
     """A batch as tensors, for scoring and training."""
@@ -730,10 +802,13 @@ def pad_right(rows: list[list[int]], device: torch.device | str) -> Tensor:
     return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
 
 
+def chunks(rows: Sequence[int], size: int) -> list[list[int]]:
+    return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
 def micro_batches(lengths: Sequence[int], rows: Sequence[int], size: int) -> list[list[int]]:
     """Deal rows into groups of similar length: less padding, same result, since losses divide once [D20]."""
-    ordered = sorted(rows, key=lambda i: lengths[i])
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    return chunks(sorted(rows, key=lambda i: lengths[i]), size)
 
 
 def rng(seed: int, purpose: str, *address: int) -> np.random.Generator:
@@ -743,10 +818,17 @@ def rng(seed: int, purpose: str, *address: int) -> np.random.Generator:
 
 def shuffled(seed: int, purpose: str, n: int, start: int, stop: int) -> list[int]:
     """Positions start to stop of an endless sequence of permutations of range(n), a fresh one each epoch [D19, D25]."""
+    if stop <= start:
+        return []
     epochs = range(start // n, (stop - 1) // n + 1)
     order = np.concatenate([rng(seed, purpose, epoch).permutation(n) for epoch in epochs])
     first = epochs.start * n
     return order[start - first : stop - first].tolist()
+
+
+def noise(seed: int, purpose: str, episodes: Sequence[int], T: int) -> Tensor:  # (B, T) in [0, 1)
+    """The numbers that decide what is sampled, addressed by the episode's global index [D25]."""
+    return torch.from_numpy(np.stack([rng(seed, purpose, i).random(T, dtype=np.float32) for i in episodes]))
 
 
 # The corpus of the default run: functions and classes document themselves in one line (the summary), then in
@@ -779,11 +861,11 @@ def is_good_summary(summary: str) -> bool:
     return 20 <= len(summary) <= 80 and len(summary.split()) >= 4 and summary[0].isupper() and summary[-1] == "."
 
 
-def build_corpus(seed_posts: Iterator[tuple[str, Post]]) -> dict[str, list[Post]]:
+def build_corpus(documents: Iterator[tuple[str, Post]]) -> dict[str, list[Post]]:
     """Posts by file, without near-duplicates: the same summary but for identifiers, or the same first letters."""
     seen: set[str] = set()
     files: dict[str, list[Post]] = {}
-    for file, post in seed_posts:
+    for file, post in documents:
         if not is_good_summary(post.summary) or len(post.post.split()) < 8:
             continue
         words_alone = re.sub(r"`[^`]*`|\w*[A-Z0-9_]\w*|[^\w`]+|`", " ", post.summary[1:])
@@ -873,7 +955,7 @@ def small_model(size: Pretrain, tokenizer: PreTrainedTokenizerBase, seed: int) -
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         intermediate_size=4 * size.width,
-        max_position_embeddings=512,
+        max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
@@ -925,18 +1007,23 @@ class ScalarModel(nn.Module):
         self.bias = nn.Parameter(torch.tensor(-offset), requires_grad=train_bias)
 
     @classmethod
-    def load(cls, folder: str | Path, train_bias: bool = False) -> ScalarModel:
+    def load(
+        cls, folder: str | Path, train_bias: bool = False, new_head: np.random.Generator | None = None
+    ) -> ScalarModel:
+        """From a reward model's folder; with `new_head`, from any: w ~ N(0, std 1/√(D+1)) is then drawn [D7; 5]."""
         from transformers import AutoModelForSequenceClassification
 
-        options = {"num_labels": 1, "dtype": torch.float32}
-        return cls(load_pretrained(AutoModelForSequenceClassification, folder, **options).eval(), train_bias)
-
-    @torch.no_grad()
-    def reset_head(self, generator: np.random.Generator) -> ScalarModel:
-        """New head w ~ N(0, 1/√(D+1)) [D7; 5]."""
-        weight = self.classifier.score.weight
-        weight.copy_(torch.from_numpy(generator.standard_normal(weight.shape) / math.sqrt(weight.shape[1] + 1)))
-        return self
+        options = {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True}
+        classifier, info = load_pretrained(AutoModelForSequenceClassification, folder, **options)
+        if new_head is None:
+            refuse(
+                bool(info["missing_keys"]), f"{folder}: not a reward model, it has no {list(info['missing_keys'])[:1]}"
+            )
+        else:
+            weight = classifier.score.weight
+            noise = new_head.standard_normal(weight.shape) / math.sqrt(weight.shape[1] + 1)
+            classifier.score.weight = nn.Parameter(torch.from_numpy(noise).float())
+        return cls(classifier.eval(), train_bias)
 
     def forward(self, layout: Layout) -> Tensor:  # (B, T) of the state before each response token
         return self.at(layout.tokens, layout.index)
@@ -946,8 +1033,9 @@ class ScalarModel(nn.Module):
         return self.at(layout.tokens, last).squeeze(1)
 
     def at(self, tokens: Tensor, index: Tensor) -> Tensor:
-        hidden = self.classifier.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        return self.classifier.score(take(hidden, index)).squeeze(-1).float() + self.bias
+        hidden = take(self.classifier.base_model(input_ids=tokens, use_cache=False).last_hidden_state, index)
+        with torch.autocast(hidden.device.type, enabled=False):  # eight bits would tie scores and round values
+            return self.classifier.score(hidden.float()).squeeze(-1) + self.bias
 
     @torch.no_grad()
     def center(self, mean_score: float) -> None:
@@ -969,15 +1057,17 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:  # (B, T, D) -> (B, T)
-        return self.linear(hidden).squeeze(-1).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.linear(hidden.float()).squeeze(-1)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """A plain transformers folder. Its pad id is in range and not EOS, so that transformers' own sequence
     classification, which reads the last token that is not padding, reads the score at EOS [D3]."""
-    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    if pad is None or pad == eos or pad >= model.config.vocab_size:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0 if eos != 0 else 1)
+    eos, pad, size = tokenizer.eos_token_id, tokenizer.pad_token_id, model.config.vocab_size
+    if pad is None or pad == eos or pad >= size:
+        candidates = [token for token in tokenizer.all_special_ids if token != eos and token < size]
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens([*candidates, 0 if eos != 0 else 1][0])
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = eos
     model.save_pretrained(folder)
@@ -1046,13 +1136,12 @@ def map_rows(batch: Batch, engine: Engine, function: Callable[[Layout], Sequence
     return results
 
 
+def scores_of(model: ScalarModel, batch: Batch, engine: Engine) -> Tensor:  # (B,)
+    return map_rows(batch, engine, lambda layout: [model.scores(layout)])[0]
+
+
 def response_logprobs(policy: PreTrainedModel, layout: Layout, temperature: float) -> Tensor:  # (B, T)
     return logprobs_of(response_logits(policy, layout)[0], layout.responses, temperature)
-
-
-def noise(seed: int, purpose: str, episodes: Sequence[int], T: int) -> Tensor:  # (B, T) in [0, 1)
-    """The numbers that decide what is sampled, addressed by the episode's global index [D25]."""
-    return torch.from_numpy(np.stack([rng(seed, purpose, i).random(T, dtype=np.float32) for i in episodes]))
 
 
 def sample(
@@ -1085,18 +1174,14 @@ def sample_block(
     cache, written = None, []
     while len(written) < T and not ended.all():
         with engine.autocast(), head_at(policy, last):
-            output = policy(
-                input_ids=tokens,
-                attention_mask=attention,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
+            inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": positions}
+            output = policy(**inputs, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         cumulative = (output.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)
-        threshold = uniforms[:, len(written), None] * cumulative[:, -1:]
-        # right=True: a token of probability 0 is never chosen; the clamp guards against rounding at the far end.
-        tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=cumulative.shape[1] - 1)
+        total = cumulative[:, -1:]
+        threshold = torch.minimum(uniforms[:, len(written), None] * total, total.nextafter(torch.zeros_like(total)))
+        # Below the total, and with right=True above what it passes: a token of probability 0 is never chosen.
+        tokens = torch.searchsorted(cumulative, threshold, right=True)
         written.append(tokens)
         ended |= tokens == eos_id
         positions = positions[:, -1:] + 1
@@ -1114,10 +1199,6 @@ def sample_block(
 # micro-batch's share of the minibatch's loss and statistics, and one optimizer step for the sum.
 
 
-def chunks(rows: Sequence[int], size: int) -> list[list[int]]:
-    return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
-
-
 def adamw(*groups: dict) -> torch.optim.AdamW:
     """AdamW, eps 1e-5, no weight decay [D21; 4]. Each group names its parameters and learning rate."""
     groups = [group | {"initial_lr": group["lr"]} for group in groups]
@@ -1130,7 +1211,8 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
 
 
 def warmup(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / steps)
+    """Up to 1 over the first 50 steps, or the first tenth where that is less."""
+    return min(1.0, (step + 1) / max(1, min(50, steps // 10)))
 
 
 def cosine(progress: float) -> float:
@@ -1168,8 +1250,6 @@ def optimizer_step(
 
 def corpus(run: Run) -> None:
     """Posts from docstrings, where the user brings none. A file goes to one split whole: its docstrings are alike."""
-    if run.config.data.train is not None:
-        return
     files = build_corpus(docstrings())
     refuse(len(files) < 100, f"docstrings of {', '.join(LIBRARIES)}: only {len(files)} usable files")
     names = sorted(files)
@@ -1185,18 +1265,12 @@ def corpus(run: Run) -> None:
 def pretrain(run: Run) -> None:
     """A tokenizer and a base model that can copy, where the user brings no pretrained model."""
     config = run.config
-    if config.model is not None:
-        return
     posts = run.posts("train")
     tokenizer = train_tokenizer(posts, config.data.query_format, config.pretrain.vocab_size)
-    codec, model = (
-        Codec(tokenizer, config.data),
-        small_model(config.pretrain, tokenizer, config.seed).to(run.engine.device),
-    )
+    codec, model = Codec(tokenizer, config.data), small_model(config.pretrain, tokenizer, config.seed)
+    model.to(run.engine.device)
     titles = Batch(codec.queries(posts), codec.responses([post.title for post in posts]))
-    train_language_model(
-        run, "pretrain", model, titles, config.pretrain, prompt_weight=1.0, schedule=lambda progress: 1.0
-    )
+    train_language_model(run, "pretrain", model, titles, config.pretrain, 1.0, schedule=lambda progress: 1.0)
     save_model(model, tokenizer, run.new("base"))
 
 
@@ -1204,13 +1278,22 @@ def sft(run: Run) -> None:
     """Supervised fine-tuning: −log π(summary and EOS | query) [D4, D6]."""
     config, codec = run.config.sft, run.codec(run.base)
     model = load_policy(run.base).to(run.engine.device)
+    check_room(model, run.config.data)
     train, valid = run.examples("train", codec), run.examples("valid", codec)
     train_language_model(run, "sft", model, train, config, config.prompt_weight, cosine)
     right = held_out_loss(model, valid, run.engine)
-    wrong = held_out_loss(model, exchange_responses(valid), run.engine)
+    wrong = held_out_loss(model, valid.exchanged(), run.engine)
     run.log({"valid/loss": right, "valid/loss_other_post": wrong})
     run.say(f"held-out loss {right:.3f} nats per token, {wrong:.3f} with another post's summary")
     save_model(model, codec.tokenizer, run.new("sft"))
+
+
+def check_room(model: PreTrainedModel, data: Data) -> None:
+    """Refuse sequences longer than the model has positions for."""
+    response = max(data.response_tokens, data.comparison_tokens)
+    need, have = data.query_tokens + response, getattr(model.config, "max_position_embeddings", math.inf)
+    flags = f"--data.query-tokens {data.query_tokens} and responses of {response}"
+    refuse(need > have, f"{flags} need {need} positions, {model.config.name_or_path} has {have}")
 
 
 def train_language_model(
@@ -1222,11 +1305,15 @@ def train_language_model(
     prompt_weight: float,
     schedule: Callable[[float], float],
 ) -> None:
-    order = shuffled(run.config.seed, stage, len(batch), 0, round(config.epochs * len(batch)))
+    order = shuffled(run.config.seed, stage, len(batch), 0, max(1, round(config.epochs * len(batch))))
     steps = chunks(order, config.batch_size)
+    millions, vocabulary = model.num_parameters() / 1e6, model.config.vocab_size
+    run.say(
+        f"{model.config.model_type}, {millions:.2f}M parameters, vocabulary {vocabulary:,}; {len(batch):,} examples"
+    )
     optimizer = adamw({"params": model.parameters(), "lr": config.lr})
     for step in run.steps(stage, len(steps)):
-        set_lr(optimizer, warmup(step, 50) * schedule(step / len(steps)))
+        set_lr(optimizer, warmup(step, len(steps)) * schedule(step / len(steps)))
         minibatch = batch[steps[step]]
         groups = micro_batches(minibatch.lengths, range(len(minibatch)), run.engine.micro_batch_size)
         losses = partial(language_model_losses, model, minibatch, prompt_weight, run.engine)
@@ -1257,16 +1344,9 @@ def held_out_loss(model: PreTrainedModel, batch: Batch, engine: Engine) -> float
     return -logprobs.sum().item() / batch.response_tokens
 
 
-def exchange_responses(batch: Batch) -> Batch:
-    """Every query with the next post's response: a summarizer must find these much worse."""
-    return Batch(batch.queries, batch.responses[1:] + batch.responses[:1])
-
-
 def compare(run: Run) -> None:
     """Comparisons where the user has none: the labeler judges samples of the SFT model."""
     config, seed = run.config, run.config.seed
-    if config.data.comparisons_train is not None:
-        return
     codec, policy = run.codec(run.sft_model), load_policy(run.sft_model).to(run.engine.device)
     labeler = Labeler(run.posts("train"))
     for split, limit in (("train", config.compare.posts), ("valid", None)):
@@ -1304,18 +1384,19 @@ def reward(run: Run) -> None:
     """The reward model: −log σ(score of chosen − score of rejected) [5, §3.4], then centred [D9]."""
     config, engine, seed = run.config.reward, run.engine, run.config.seed
     codec = run.codec(run.sft_model)
-    model = ScalarModel.load(run.sft_model).reset_head(rng(seed, "reward head")).to(engine.device)
+    model = ScalarModel.load(run.sft_model, new_head=rng(seed, "reward head")).to(engine.device)
+    model.classifier.config.preferences_of = "humans" if run.config.data.comparisons_train else "labeler"
     summaries = run.examples("train", codec)
     own = summaries[shuffled(seed, "pretraining", len(summaries), 0, min(len(summaries), config.pretraining_pairs))]
     chosen, rejected, _ = run.pairs("train", codec)
-    order = shuffled(seed, "reward", len(chosen), 0, round(config.epochs * len(chosen)))
+    order = shuffled(seed, "reward", len(chosen), 0, max(1, round(config.epochs * len(chosen))))
     order = [*range(len(own)), *(len(own) + i for i in order)]
-    chosen, rejected = own + chosen, exchange_responses(own) + rejected
+    chosen, rejected = own + chosen, own.exchanged() + rejected
     lengths = list(map(max, chosen.lengths, rejected.lengths))
     steps = chunks(order, config.batch_size)
     optimizer = adamw({"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr})
     for step in run.steps("reward", len(steps)):
-        set_lr(optimizer, warmup(step, 20) * cosine(step / len(steps)))
+        set_lr(optimizer, warmup(step, len(steps)) * cosine(step / len(steps)))
         groups = micro_batches(lengths, steps[step], engine.micro_batch_size)
         losses = partial(reward_losses, model, chosen, rejected, len(steps[step]), engine)
         run.log(optimizer_step(engine, optimizer, groups, losses))
@@ -1337,10 +1418,6 @@ def reward_losses(
         "accuracy": win_rate(better, worse) * share,
         "margin": (better - worse).mean() * share,
     }
-
-
-def scores_of(model: ScalarModel, batch: Batch, engine: Engine) -> Tensor:  # (B,)
-    return map_rows(batch, engine, lambda layout: [model.scores(layout)])[0]
 
 
 def win_rate(a: Tensor, b: Tensor) -> Tensor:
@@ -1392,12 +1469,16 @@ def ppo(run: Run) -> None:
         {"params": models.policy.parameters(), "lr": config.lr},
         {"params": models.value_model.parameters(), "lr": config.value_lr},
     )
+    run.say(
+        f"{config.num_updates} updates of {config.batch_size} responses, "
+        f"{config.num_ppo_epochs} epochs of {config.num_minibatches} minibatches"
+    )
     for update in run.steps("ppo", config.num_updates):
         set_lr(optimizer, 1 - update / config.num_updates)
         episodes = range(update * config.batch_size, (update + 1) * config.batch_size)
-        chosen = shuffled(seed, "episodes", len(posts), episodes.start, episodes.stop)
+        picked = shuffled(seed, "episodes", len(posts), episodes.start, episodes.stop)
         uniforms = noise(seed, "episodes", episodes, T)
-        rollout = roll_out(models, [queries[i] for i in chosen], uniforms, codec.eos_id, config, engine)
+        rollout = roll_out(models, [queries[i] for i in picked], uniforms, codec.eos_id, config, engine)
         rewards = shape_rewards(rollout, config)
         advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.lam)
         if config.whiten_advantages:
@@ -1409,8 +1490,8 @@ def ppo(run: Run) -> None:
                 groups = micro_batches(rollout.batch.lengths, minibatch, engine.micro_batch_size)
                 losses = partial(ppo_losses, models, rollout, advantages, returns, minibatch, config, engine)
                 steps.append(optimizer_step(engine, optimizer, groups, losses))
-        watched = [labeler.score(posts[i], codec.text(r)) for i, r in zip(chosen, rollout.batch.responses)]
-        statistics = rollout_statistics(rollout, rewards, config) | step_statistics(steps)
+        watched = [labeler.score(posts[i], codec.text(r)) for i, r in zip(picked, rollout.batch.responses)]
+        statistics = rollout_statistics(rollout, config) | step_statistics(steps)
         run.log(statistics | {"objective/labeler": sum(watched) / len(watched)})
         if update % config.sample_every == 0:
             show_sample(run, update, valid, codec, models)
@@ -1420,6 +1501,12 @@ def ppo(run: Run) -> None:
 def load_models(run: Run) -> Models:
     """Policy and reference from SFT; value model from the reward model [D10]."""
     policy, ref_policy = load_policy(run.sft_model), load_policy(run.sft_model).requires_grad_(False)
+    check_room(policy, run.config.data)
+    same = load_tokenizer(run.reward_model).get_vocab() == load_tokenizer(run.sft_model).get_vocab()
+    refuse(
+        not same,
+        f"{run.reward_model} and {run.sft_model} have different tokenizers; the reward model needs the policy's",
+    )
     reward_model = ScalarModel.load(run.reward_model).requires_grad_(False)
     if run.config.ppo.value_model == "shared":
         value_model = ValueHead(policy.get_output_embeddings().weight.shape[1])
@@ -1501,15 +1588,17 @@ def ppo_losses(
         }
 
 
-def rollout_statistics(rollout: Rollout, rewards: Tensor, config: PPO) -> dict[str, float]:
+def rollout_statistics(rollout: Rollout, config: PPO) -> dict[str, float]:
     """What [4] logs of a rollout; `objective/` are means over responses of sums over their tokens [D23]."""
-    kl = rollout.logprobs - rollout.ref_logprobs
+    kl = (rollout.logprobs - rollout.ref_logprobs).sum(1).mean().item()
+    scores = penalize_missing_eos(rollout.scores, rollout.has_eos, config.missing_eos_score).mean().item()
+    unwhitened = shape_rewards(rollout, replace(config, whiten_rewards=False)).sum(1).mean().item()
     return {
-        "objective/scores": rollout.scores.mean().item(),
-        "objective/kl": kl.sum(1).mean().item(),
+        "objective/scores": scores,
+        "objective/kl": kl,
         "objective/entropy": rollout.entropy.sum(1).mean().item(),
-        "objective/non_score_reward": -config.kl_coef * kl.sum(1).mean().item(),
-        "objective/rlhf_reward": rewards.sum(1).mean().item(),
+        "objective/non_score_reward": unwhitened - scores,
+        "objective/rlhf_reward": unwhitened,
         "policy/entropy": masked_mean(rollout.entropy, rollout.mask).item(),
         "val/num_eos_tokens": rollout.has_eos.sum().item(),
         "val/eos_rate": rollout.has_eos.float().mean().item(),
@@ -1560,8 +1649,10 @@ def evaluate(run: Run) -> None:
         for temperature in (config.evaluate.temperature, config.ppo.temperature):
             responses = sample(policy, queries, uniforms, temperature, codec.eos_id, engine)
             texts[f"{name} T={temperature}"] = [codec.text(response) for response in responses]
-            marks[f"{name} T={temperature}"] = exam.marks(responses, policy)
-    report(run, posts, texts, marks)
+            on_policy = policy if temperature == config.ppo.temperature else None
+            marks[f"{name} T={temperature}"] = exam.marks(responses, on_policy)
+    by_labeler = getattr(reward_model.classifier.config, "preferences_of", None) == "labeler"
+    report(run, posts, texts, marks, by_labeler)
 
 
 @dataclass(frozen=True)
@@ -1578,9 +1669,10 @@ class Exam:
     engine: Engine
 
     def marks(self, responses: list[list[int]], policy: PreTrainedModel | None = None) -> dict[str, np.ndarray]:
-        """Marks (N,) of a writer's responses. "other" marks them against the next post: style without summary."""
+        """Marks (N,) of a writer's responses: "other post" is style without summary; kl needs samples of `policy`."""
         batch, texts = Batch(self.queries, responses), [self.codec.text(response) for response in responses]
-        others = self.posts[1:] + self.posts[:1]
+        half = len(self.posts) // 2
+        others = self.posts[half:] + self.posts[:half]  # far away: neighbours may come from one file
 
         def log_ratio(layout: Layout) -> list[Tensor]:
             one, two = (response_logprobs(p, layout, self.temperature) for p in (policy, self.sft_policy))
@@ -1615,7 +1707,13 @@ def compare_marks(x: dict[str, np.ndarray], y: dict[str, np.ndarray]) -> dict[st
     }
 
 
-def report(run: Run, posts: list[Post], texts: dict[str, list[str]], marks: dict[str, dict[str, np.ndarray]]) -> None:
+def report(
+    run: Run,
+    posts: list[Post],
+    texts: dict[str, list[str]],
+    marks: dict[str, dict[str, np.ndarray]],
+    by_labeler: bool,
+) -> None:
     """Table, controls, samples, verdict; eval.json."""
     cold, warm = (f"T={t}" for t in (run.config.evaluate.temperature, run.config.ppo.temperature))
     means = {writer: {name: float(x.mean()) for name, x in row.items()} for writer, row in marks.items()}
@@ -1632,10 +1730,10 @@ def report(run: Run, posts: list[Post], texts: dict[str, list[str]], marks: dict
     for i in range(min(5, len(posts))):
         run.say(f"    r/{posts[i].subreddit}, {posts[i].title}: ...{' '.join(posts[i].post.split())[-80:]}")
         run.say("\n".join(f"    {writer:10} {texts[writer][i]}" for writer in ("author", f"SFT {cold}", f"PPO {cold}")))
-    conclusion = verdict(versus[f"PPO {cold} against SFT {cold}"], run.config.data.comparisons_train is None)
+    conclusion = verdict(versus[f"PPO {cold} against SFT {cold}"], cold, by_labeler)
     run.say(f"\n{conclusion}")
-    means["author"].pop("kl")
-    record = {"posts": len(posts), "means": means, "comparisons": versus, "verdict": conclusion}
+    numbers = {writer: {name: x for name, x in row.items() if x == x} for writer, row in means.items()}
+    record = {"posts": len(posts), "means": numbers, "comparisons": versus, "verdict": conclusion}
     (run.folder / "eval.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -1646,7 +1744,7 @@ def table(rows: list[list[str]]) -> str:
     return "\n" + "\n".join(lines)
 
 
-def verdict(figures: dict[str, tuple[float, float]], same_judge: bool) -> str:
+def verdict(figures: dict[str, tuple[float, float]], cold: str, by_labeler: bool) -> str:
     """Two sentences that claim no more than the intervals allow."""
 
     def moved(name: str, neutral: float, words: tuple[str, str, str]) -> str:
@@ -1657,9 +1755,9 @@ def verdict(figures: dict[str, tuple[float, float]], same_judge: bool) -> str:
     margin = moved("margin gain", 0.0, ("more about this post", "no more about this post", "less about this post"))
     rouge = moved("rouge_l gain", 0.0, ("rose", "did not move measurably", "fell"))
     win, half = figures["win rate"]
-    judge = "the labeler that made the preferences" if same_judge else "word overlap, not by the people who chose"
+    judge = "the labeler that made the preferences" if by_labeler else "word overlap, not by those who chose"
     return (
-        f"Greedy PPO {better} greedy SFT, judged by {judge}: {win:.1%} ± {half:.1%} of posts. Its summaries are "
+        f"PPO at {cold} {better} SFT at {cold}, judged by {judge}: {win:.1%} ± {half:.1%} of posts. Its summaries are "
         f"{margin} than SFT's; ROUGE-L with the author's line, which nobody optimised, {rouge}."
     )
 
@@ -1699,6 +1797,9 @@ class Run:
         self.config, self.engine = config, Engine.start(config.compute)
         missing = config.from_run is not None and not config.from_run.is_dir()
         refuse(missing, f"--from-run {config.from_run}: no such folder")
+        for name, path in asdict(config.data).items():
+            flag = f"--data.{name}".replace("_", "-")
+            refuse(isinstance(path, Path) and not path.is_file(), f"{flag} {path}: no such file")
         self.folder = fresh_folder(config.out, config.name)
         self.started, self.entered, self.stage, self.step = time.monotonic(), time.monotonic(), "", 0
         self.seconds: dict[str, float] = {}
@@ -1731,7 +1832,7 @@ class Run:
 
     @property
     def base(self) -> str | Path:
-        return self.config.model or self.find("base", "run stage corpus, or give --model")
+        return self.config.model or self.find("base", "run stage pretrain, or give --model or --from-run")
 
     @property
     def sft_model(self) -> str | Path:
@@ -1751,9 +1852,15 @@ class Run:
     def posts(self, split: str) -> list[Post]:
         data = self.config.data
         given = {"train": data.train, "valid": data.valid, "test": data.test or data.valid}[split]
-        return read_records(
+        return self.read(
             given or self.find(f"data/{split}.jsonl", "run stage corpus, or give --data.train"), parse_post
         )
+
+    def read(self, path: Path, parse: Callable[[dict], NamedTuple | None]) -> list:
+        records, complaints = read_records(path, parse)
+        for complaint in complaints:
+            self.say_once(complaint)
+        return records
 
     def examples(self, split: str, codec: Codec) -> Batch:
         """Posts with summaries; one that would lose its EOS to the length limit is left out, and counted [D4]."""
@@ -1775,7 +1882,7 @@ class Run:
         path = given or self.find(
             f"data/comparisons_{split}.jsonl", "run stage compare, or give --data.comparisons-train"
         )
-        comparisons = read_records(path, parse_comparison)
+        comparisons = self.read(path, parse_comparison)
         queries = codec.queries([comparison.post for comparison in comparisons])
         chosen = Batch(queries, codec.responses([comparison.chosen for comparison in comparisons]))
         rejected = Batch(queries, codec.responses([comparison.rejected for comparison in comparisons]))
@@ -1834,9 +1941,16 @@ class Run:
     def introduce(self) -> None:
         config, engine = self.config, self.engine
         place = f"{torch.get_num_threads()} threads" if engine.device.type == "cpu" else torch.cuda.get_device_name()
-        self.say(f"pmo: {' > '.join(config.stages)}")
+        self.say(f"pmo: {' > '.join(stage for stage in config.stages if not config.is_given(stage))}")
         precision = "bfloat16" if engine.bfloat16 else "float32"
         self.say(f"{engine.device.type} ({place}), {precision}, seed {config.seed}, writing to {self.folder}")
+
+        if config.from_run and (config.from_run / "config.json").is_file():
+            earlier = json.loads((config.from_run / "config.json").read_text(encoding="utf-8"))["config"]["data"]
+            for name in ("query_tokens", "response_tokens", "query_format"):
+                was, now = earlier[name], getattr(config.data, name)
+                if was != now:
+                    self.say(f"note: {config.from_run} had {name} {was!r}, this run has {now!r}")
 
     def finish(self) -> None:
         self.leave()
@@ -1878,9 +1992,9 @@ def fresh_folder(out: Path, name: str | None) -> Path:
         taken = {path.name for path in out.iterdir()}
         name = name or next(f"run-{i:03d}" for i in range(1, 10**6) if f"run-{i:03d}" not in taken)
         (out / name).mkdir()
-    except FileExistsError:
-        raise InputError(f"{out / name} exists: choose another --name, or remove it") from None
     except OSError as error:
+        if name is not None and (out / name).exists():
+            raise InputError(f"{out / name} exists: choose another --name, or remove it") from None
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from None
     return out / name
 
@@ -1909,17 +2023,21 @@ def start(config: Config) -> None:
     run = Run(config)
     run.introduce()
     for stage in config.stages:
-        run.enter(stage)
-        globals()[stage](run)
+        if not config.is_given(stage):
+            run.enter(stage)
+            globals()[stage](run)
     run.finish()
 
 
 def main() -> None:
     try:
         start(tyro.cli(Config))
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: a disk that is full or read-only
         print(f"pmo: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("pmo: interrupted; finished stages can be used with --from-run", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
