@@ -237,7 +237,7 @@ class PPO:
     """Learning rate of the value model. Paper: 3e-6."""
     temperature: float = 0.7
     """Sampling temperature; log-probabilities use it too [D13]. Paper: 0.7."""
-    kl_coef: float = 0.25
+    kl_coef: float = 0.15
     """Beta, price of one nat of KL to the SFT model [D15; 5, section 3.4]. Paper: 0.05."""
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     """Estimator of the KL (Schulman 2020). Default: k1 in the reward, k2 in the loss."""
