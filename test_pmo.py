@@ -2283,6 +2283,34 @@ def test_variants_of_ppo_run():
 
 
 @law(
+    "a pretrained model of any family goes through every stage, also with a tokenizer whose pad is EOS, a vocabulary wider "
+    "than the tokenizer, and a checkpoint in bfloat16",
+    "README: your own data and models", *RUN_NEEDS, "train_tokenizer",
+)  # fmt: skip
+def test_every_model_family_goes_through_every_stage():
+    import transformers as hf
+
+    for family in FAMILIES:
+        folder = workshop() / f"base {family}"
+        tokenizer = tiny_tokenizer()
+        tokenizer.pad_token = tokenizer.eos_token
+        ids = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None}
+        model = tiny_policy(family, vocab=len(tokenizer) + 5, **ids)
+        model.config.max_position_embeddings = 128
+        model = type(model)(model.config).to(torch.bfloat16)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        sizes = impl.PPO(total_episodes=16, batch_size=8, num_minibatches=2)
+        run = finished_run(family, model=str(folder), ppo=sizes, sft=impl.SFT(epochs=1, prompt_weight=0.0))
+        updates = [record for record in metrics_of(run) if record["stage"] == "ppo"]
+        assert len(updates) == 2 and all(record["policy/first_approxkl"] <= 1e-8 for record in updates)
+        config = json.loads((run / "ppo" / "config.json").read_text())
+        assert config["model_type"] == model.config.model_type and config["pad_token_id"] != config["eos_token_id"]
+        reward_model = hf.AutoModelForSequenceClassification.from_pretrained(run / "reward")
+        assert math.isfinite(reward_model.config.score_offset)
+
+
+@law(
     "PPO on a bandit converges to the closed-form optimum π* ∝ π_ref exp(score/β)",
     "Ziegler et al. 2019, section 2, for the objective of [5] section 3.4", *RUN_NEEDS, "ppo", "Models", "load_models",
 )  # fmt: skip
@@ -2647,6 +2675,49 @@ def test_the_labeler_judges_the_post_not_the_style():
     assert labeler.score(posts[0], "") == 0
     for post in posts[:12]:
         assert 0 <= labeler.score(post, post.post) <= 1 + 1e-9
+
+
+# -----------------------------------------------------------------------------
+# the suite itself
+
+HALF_AN_IMPLEMENTATION = """
+import torch
+KNOWN_FAILURES = {
+    "test_gae_of_one_token_is_reward_minus_value": "no values after all",
+    "test_length_mask_is_true_on_the_first_slots": "this one holds",
+}
+def length_mask(lengths, T):
+    return torch.arange(T) < lengths[:, None]
+def gae(rewards, values, mask, gamma, lam):
+    return rewards, rewards
+def kl_estimate(logprobs, ref_logprobs, kind):
+    if kind != "k1":
+        raise NotImplementedError("only k1")
+    return logprobs - ref_logprobs
+"""
+
+
+@pytest.mark.skipif(not is_pmo, reason="once is enough")
+def test_what_is_missing_is_missing_what_fails_says_why_and_known_failures_must_fail(monkeypatch):
+    monkeypatch.setenv("PMO_IMPL", "half_an_implementation")
+    monkeypatch.setenv("PYTHONPATH", str(workshop()))
+    (workshop() / "half_an_implementation.py").write_text(HALF_AN_IMPLEMENTATION)
+    command = [sys.executable, __file__, "-k", "gae or length_mask or kl_estimate or whiten", "--tb=long"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=workshop()).stdout
+    table = {
+        line.split()[0]: line.split()[1:]
+        for line in said.splitlines()
+        if line.split()[:1] and line.split()[0] in CONTRACT
+    }
+    assert table["length_mask"] == [
+        "1",
+    ], f"the known failure that holds must be reported: {table}\n{said[-3000:]}"
+    assert "KNOWN_FAILURES of half_an_implementation names this law, but it holds" in said
+    assert "fails: test_gae_of_one_token_is_reward_minus_value" in said and "no values after all" in said
+    assert "Failing test case: value(" not in said and "implementation: " in said
+    assert "law: λ = 1 gives the discounted reward-to-go minus V" in said and "source: [3] eq. 18" in said
+    laws = [name for name, law in LAWS.items() if law.needs == ("whiten",)]
+    assert table["whiten"] == [str(len(laws))], "all of whiten is missing, none of it passed"
 
 
 # -----------------------------------------------------------------------------
