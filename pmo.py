@@ -1730,7 +1730,7 @@ def report(
     for i in range(min(5, len(posts))):
         run.say(f"    r/{posts[i].subreddit}, {posts[i].title}: ...{' '.join(posts[i].post.split())[-80:]}")
         run.say("\n".join(f"    {writer:10} {texts[writer][i]}" for writer in ("author", f"SFT {cold}", f"PPO {cold}")))
-    conclusion = verdict(versus[f"PPO {cold} against SFT {cold}"], cold, by_labeler)
+    conclusion = verdict(*(versus[f"PPO {t} against SFT {t}"] for t in (cold, warm)), cold, warm, by_labeler)
     run.say(f"\n{conclusion}")
     numbers = {writer: {name: x for name, x in row.items() if x == x} for writer, row in means.items()}
     record = {"posts": len(posts), "means": numbers, "comparisons": versus, "verdict": conclusion}
@@ -1744,21 +1744,27 @@ def table(rows: list[list[str]]) -> str:
     return "\n" + "\n".join(lines)
 
 
-def verdict(figures: dict[str, tuple[float, float]], cold: str, by_labeler: bool) -> str:
+Figures = dict[str, tuple[float, float]]  # name -> mean and half-width, as `compare_marks` gives them
+
+
+def verdict(at_cold: Figures, at_warm: Figures, cold: str, warm: str, by_labeler: bool) -> str:
     """Two sentences that claim no more than the intervals allow."""
 
-    def moved(name: str, neutral: float, words: tuple[str, str, str]) -> str:
+    def moved(figures: Figures, name: str, neutral: float, up: str, same: str, down: str) -> str:
         mean, half = figures[name]
-        return words[0] if mean - half > neutral else words[2] if mean + half < neutral else words[1]
+        return up if mean - half > neutral else down if mean + half < neutral else same
 
-    better = moved("win rate", 0.5, ("is preferred to", "cannot be told from", "is worse than"))
-    margin = moved("margin gain", 0.0, ("more about this post", "no more about this post", "less about this post"))
-    rouge = moved("rouge_l gain", 0.0, ("rose", "did not move measurably", "fell"))
-    win, half = figures["win rate"]
-    judge = "the labeler that made the preferences" if by_labeler else "word overlap, not by those who chose"
+    def compared(figures: Figures) -> str:
+        better = moved(figures, "win rate", 0.5, "is preferred to", "cannot be told from", "is worse than")
+        about = moved(figures, "margin gain", 0.0, "more", "no more", "less")
+        win, half = figures["win rate"]
+        return f"{better} SFT ({win:.1%} ± {half:.1%} of posts) and is {about} about this post rather than any"
+
+    judge = "the labeler that made the preferences" if by_labeler else "word overlap, not those who chose"
+    rouge = moved(at_cold, "rouge_l gain", 0.0, "rose", "did not move measurably", "fell")
     return (
-        f"PPO at {cold} {better} SFT at {cold}, judged by {judge}: {win:.1%} ± {half:.1%} of posts. Its summaries are "
-        f"{margin} than SFT's; ROUGE-L with the author's line, which nobody optimised, {rouge}."
+        f"By {judge}, PPO at {cold} {compared(at_cold)}; at {warm} it {compared(at_warm)}. "
+        f"ROUGE-L with the author's line, which nobody optimised, {rouge} at {cold}."
     )
 
 

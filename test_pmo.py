@@ -2616,6 +2616,35 @@ def test_the_choice_is_the_chosen_text():
         assert parsed.kind == "ref vs sup1"
 
 
+@law(
+    "the verdict claims a difference only where its 95% interval leaves out no difference",
+    "D24: never claim more than the controls allow", "verdict", "compare_marks",
+)  # fmt: skip
+def test_the_verdict_claims_no_more_than_its_intervals():
+    def judge(win: float, margin: float, rouge: float, half: float = 0.04) -> str:
+        figures = {"win rate": (0.5 + win, half), "margin gain": (margin, half), "rouge_l gain": (rouge, half)}
+        return impl.verdict(figures, figures, "T=0.01", "T=0.7", True)
+
+    assert "is preferred to" in judge(0.05, 0, 0) and "cannot be told from" in judge(0.03, 0, 0)
+    assert "is worse than" in judge(-0.05, 0, 0) and "cannot be told from" in judge(-0.03, 0, 0)
+    assert "is more about" in judge(0, 0.05, 0) and "is no more about" in judge(0, 0.03, 0)
+    assert "is less about" in judge(0, -0.05, 0) and "is no more about" in judge(0, -0.03, 0)
+    assert (
+        "rose" in judge(0, 0, 0.05) and "did not move measurably" in judge(0, 0, 0.03) and "fell" in judge(0, 0, -0.05)
+    )
+    numpy = pytest.importorskip("numpy")
+    ours = {
+        "labeler": [1.0, 2.0, 3.0, 0.0],
+        "labeler, other post": [0.0, 0.0, 1.0, 0.0],
+        "rouge_l": [1.0, 0.0, 0.0, 0.0],
+    }
+    theirs = {"labeler": [0.0, 2.0, 4.0, 0.0], "labeler, other post": [0.0] * 4, "rouge_l": [0.0] * 4}
+    figures = impl.compare_marks(*({k: numpy.array(v) for k, v in marks.items()} for marks in (ours, theirs)))
+    means = {name: mean for name, (mean, _) in figures.items()}
+    assert means == {"win rate": 0.5, "margin gain": -0.25, "rouge_l gain": 0.25}
+    assert figures["rouge_l gain"][1] == pytest.approx(1.96 * math.sqrt(3) / 4 / 2)
+
+
 # the corpus and its labeler
 
 
@@ -2909,6 +2938,8 @@ MUTANTS = [
     Mutant("old log-probabilities are at temperature 1", "test_ratio_is_one_before_the_first_step", "return [logprobs_of(logits, layout.responses, temperature), entropy", "return [logprobs_of(logits, layout.responses, 1.0), entropy"),
     Mutant("rollouts keep numbers in padding", "test_rollout_holds_what_each_model_said", "part.masked_fill(~layout.mask, 0)", "part"),
     Mutant("objective/kl is a token mean", "test_rollout_statistics_are_what_their_names_say", "kl = (rollout.logprobs - rollout.ref_logprobs).sum(1).mean()", "kl = (rollout.logprobs - rollout.ref_logprobs).mean()"),
+    Mutant("the verdict forgets its intervals", "test_the_verdict_claims_no_more_than_its_intervals", "up if mean - half > neutral", "up if mean > neutral"),
+    Mutant("standard deviations pass for standard errors", "test_the_verdict_claims_no_more_than_its_intervals", "1.96 * x.std() / math.sqrt(len(x))", "1.96 * x.std()"),
     Mutant("ties count nothing", "test_ties_count_half", "((a > b).float() + (a == b).float() / 2)", "(a > b).float()"),
     Mutant("settings are not checked against each other", "test_contradictions_are_refused_with_both_numbers", "self.batch_size % self.num_minibatches != 0,\n", "False,\n"),
     # whole runs
