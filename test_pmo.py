@@ -2290,6 +2290,13 @@ def test_variants_of_ppo_run():
 def test_every_model_family_goes_through_every_stage():
     import transformers as hf
 
+    posts, comparisons = toy_posts(60), workshop() / "comparisons.jsonl"
+    pairs = [
+        {"info": p._asdict(), "summaries": [{"text": p.summary}, {"text": q.summary}]}
+        for p, q in itertools.pairwise(posts)
+    ]
+    impl.write_records(comparisons, [pair | {"choice": 0} for pair in pairs])
+    data = replace(tiny_config("unused").data, comparisons_train=comparisons, comparisons_valid=comparisons)
     for family in FAMILIES:
         folder = workshop() / f"base {family}"
         tokenizer = tiny_tokenizer()
@@ -2301,7 +2308,8 @@ def test_every_model_family_goes_through_every_stage():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         sizes = impl.PPO(total_episodes=16, batch_size=8, num_minibatches=2)
-        run = finished_run(family, model=str(folder), ppo=sizes, sft=impl.SFT(epochs=1, prompt_weight=0.0))
+        sft = impl.SFT(epochs=1, prompt_weight=0.0)
+        run = finished_run(family, model=str(folder), data=data, ppo=sizes, sft=sft)
         updates = [record for record in metrics_of(run) if record["stage"] == "ppo"]
         assert len(updates) == 2 and all(record["policy/first_approxkl"] <= 1e-8 for record in updates)
         config = json.loads((run / "ppo" / "config.json").read_text())
