@@ -972,6 +972,8 @@ def small_model(size: Pretrain, tokenizer: PreTrainedTokenizerBase, seed: int) -
 
 def load_pretrained(auto: type, folder: str | Path, **options: object):
     """A transformers object from a folder or the Hub; whatever goes wrong becomes one line that names the folder."""
+    looks_local = str(folder).startswith((".", "/", "~")) or str(folder).count("/") > 1
+    refuse(looks_local and not Path(folder).is_dir(), f"{folder}: no such folder")
     try:
         return auto.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
