@@ -2283,6 +2283,178 @@ def test_variants_of_ppo_run():
 
 
 @law(
+    "comparisons name as chosen the text the labeler scores higher, drop ties, and put it first as often as second",
+    "README: the labeler", *RUN_NEEDS, "judge", "Labeler",
+)  # fmt: skip
+def test_comparisons_are_the_labelers():
+    folder, posts = finished_run(), toy_posts(60)
+    labeler = impl.Labeler(posts)
+    records, _ = impl.read_records(folder / "data" / "comparisons_train.jsonl", impl.parse_comparison)
+    for record in records:
+        assert labeler.score(record.post, record.chosen) > labeler.score(record.post, record.rejected)
+    assert {record.kind for record in records} == {"sft vs sft", "other post vs sft"}
+    good, bad = ("sft", "About cats."), ("sft", "About trains.")
+    for first, second, flip in itertools.product((good, bad), (good, bad), (False, True)):
+        found = [impl.parse_comparison(r) for r in impl.judge(labeler, posts[0], first, second, flip)]
+        assert [(c.chosen, c.rejected) for c in found] == (
+            [] if first == second else [("About cats.", "About trains.")]
+        )
+    (straight,), (flipped,) = (impl.judge(labeler, posts[0], good, bad, flip) for flip in (False, True))
+    assert (straight["choice"], flipped["choice"]) == (0, 1)
+
+
+@law(
+    "two samples of one post are drawn with different noise",
+    "README: the labeler compares two samples", *RUN_NEEDS, "noise",
+)  # fmt: skip
+def test_samples_of_a_post_are_independent():
+    purposes, noise = [], impl.noise
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            impl,
+            "noise",
+            lambda seed, purpose, episodes, T: purposes.append(purpose) or noise(seed, purpose, episodes, T),
+        )
+        impl.start(tiny_config("compare", stages=("compare",), from_run=finished_run()))
+    assert len(purposes) == len(set(purposes)) == 4, purposes
+
+
+@law(
+    "PPO starts from the SFT model, twice, and from the reward model, twice; policy and value model learn, bias included",
+    "D10; [4]: initialisation of the four models", *RUN_NEEDS, "load_models", "Run",
+)  # fmt: skip
+def test_the_four_models_start_where_they_should():
+    folder = finished_run()
+    models = impl.load_models(impl.Run(tiny_config("four models", stages=("ppo",), from_run=folder)))
+    sft, reward = weights_of(folder / "sft"), weights_of(folder / "reward")
+    for policy in (models.policy, models.ref_policy):
+        assert all(policy.state_dict()[name].equal(x) for name, x in sft.items())
+    for scalar in (models.value_model, models.reward_model):
+        assert all(scalar.classifier.state_dict()[name].equal(x) for name, x in reward.items())
+    assert models.value_model.bias.item() == models.reward_model.bias.item() != 0
+    assert all(p.requires_grad for m in (models.policy, models.value_model) for p in m.parameters())
+    assert not any(p.requires_grad for m in (models.ref_policy, models.reward_model) for p in m.parameters())
+    assert models.policy is not models.ref_policy and models.value_model is not models.reward_model
+
+
+@law(
+    "an exam marks each text against its own post, style against another's, and KL from the SFT model at the PPO temperature",
+    "D24: the controls", *RUN_NEEDS, "Exam", "Codec", "Labeler", "rouge_l",
+)  # fmt: skip
+def test_exam_marks_are_what_they_are_called():
+    folder, posts, config = finished_run(), toy_posts(12), tiny_config("unused")
+    codec = impl.Codec(impl.load_tokenizer(folder / "sft"), config.data)
+    sft, ppo = (impl.load_policy(folder / name) for name in ("sft", "ppo"))
+    reward_model, labeler, queries = (
+        impl.ScalarModel.load(folder / "reward"),
+        impl.Labeler(toy_posts(60)),
+        codec.queries(posts),
+    )
+    exam = impl.Exam(posts, queries, codec, labeler, reward_model, sft, 0.7, engine())
+    responses = codec.responses([post.summary for post in posts])
+    responses[0] = responses[0][:-1]
+    marks, same = exam.marks(responses, ppo), exam.marks(responses, sft)
+    assert marks["rouge_l"].tolist() == [1.0] * 12 and (marks["rouge_l, other post"] < 1).all()
+    assert marks["eos"].tolist() == [0.0] + [1.0] * 11 and marks["tokens"].tolist() == [
+        float(len(r)) for r in responses
+    ]
+    for i, post in enumerate(posts):
+        other = posts[(i + 6) % 12]
+        assert marks["labeler"][i] == pytest.approx(labeler.score(post, post.summary))
+        assert marks["labeler, other post"][i] == pytest.approx(labeler.score(other, post.summary))
+    batch = impl.Batch(queries, responses)
+    close(torch.tensor(marks["score"]), impl.scores_of(reward_model, batch, engine()).double())
+    logprobs = [
+        impl.map_rows(batch, engine(), lambda x: [impl.response_logprobs(p, x, 0.7)])[0].sum(1) for p in (ppo, sft)
+    ]
+    close(torch.tensor(marks["kl"]), (logprobs[0] - logprobs[1]).double(), tolerance=1e-5)
+    assert (same["kl"] == 0).all() and (marks["kl"] != 0).any()
+
+
+@law(
+    "the evaluation's SFT and PPO columns are those models' own samples, on the test posts",
+    "D24", *RUN_NEEDS, "report",
+)  # fmt: skip
+def test_evaluation_columns_belong_to_their_models():
+    seen, report = [], impl.report
+    folder = finished_run()
+    test = workshop() / "test posts.jsonl"
+    impl.write_records(test, [post._asdict() for post in toy_posts(90)[72:]])
+    config = tiny_config("columns", stages=("evaluate",), from_run=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            impl,
+            "report",
+            lambda run, posts, texts, *rest: seen.append((posts, texts)) or report(run, posts, texts, *rest),
+        )
+        impl.start(replace(config, data=replace(config.data, test=test)))
+    posts, texts = seen[0]
+    assert posts == toy_posts(90)[72:]
+    codec = impl.Codec(impl.load_tokenizer(folder / "sft"), config.data)
+    for name in ("sft", "ppo"):
+        policy = impl.load_policy(folder / name)
+        for temperature in (0.01, 0.7):
+            drawn = impl.sample(
+                policy,
+                codec.queries(posts),
+                impl.noise(1, "evaluate", range(18), 16),
+                temperature,
+                codec.eos_id,
+                engine(),
+            )
+            assert texts[f"{name.upper()} T={temperature}"] == [codec.text(response) for response in drawn]
+
+
+@law(
+    "a run's own folders come before those of --from-run",
+    "README: stages can be run one at a time", *RUN_NEEDS, "Run",
+)  # fmt: skip
+def test_a_runs_own_folder_comes_first():
+    run = impl.Run(tiny_config("own first", from_run=finished_run()))
+    assert run.find("sft", "") == finished_run() / "sft"
+    run.new("sft")
+    assert run.find("sft", "") == run.folder / "sft"
+    with pytest.raises(impl.InputError, match="do something"):
+        run.find("nothing", "do something")
+
+
+@law(
+    "queries begin with BOS for the tokenizers that put one before every text, once, and for no others",
+    "a model trained with BOS is lost without it", "Codec", "Post", "train_tokenizer",
+)  # fmt: skip
+def test_bos_where_the_tokenizer_has_one():
+    from tokenizers.processors import TemplateProcessing
+
+    post = impl.Post("cats", "a title", "text " * 60, "A summary.")
+    for adds_bos in (False, True):
+        tokenizer = tiny_tokenizer()
+        tokenizer.add_special_tokens({"bos_token": "<s>"})
+        if adds_bos:
+            special = [("<s>", tokenizer.bos_token_id)]
+            tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=special)
+        codec = impl.Codec(tokenizer, impl.Data(query_tokens=40))
+        for query in codec.queries([post, post._replace(post="short")]):
+            assert len(query) <= 40 and query.count(tokenizer.bos_token_id) == adds_bos
+            assert (query[0] == tokenizer.bos_token_id) == adds_bos
+        assert tokenizer.bos_token_id not in codec.responses(["A summary."])[0]
+
+
+@law(
+    "held-out accuracy is the share of pairs ranked as judged, overall and by who wrote them",
+    "D8", "reward_accuracies", "scores_of", *ENGINE_NEEDS,
+)  # fmt: skip
+def test_reward_accuracies_are_shares_of_pairs():
+    model, chosen, rejected = tiny_scalar("neox"), some_batch(), some_batch(seed=1)
+    rejected = impl.Batch(rejected.queries[:-1] + chosen.queries[-1:], rejected.responses[:-1] + chosen.responses[-1:])
+    better, worse = (impl.scores_of(model, batch, engine()).tolist() for batch in (chosen, rejected))
+    right = [0.5 if a == b else float(a > b) for a, b in zip(better, worse)]
+    kinds = ["x", "y", "x", "y", "x"]
+    expected = {"all": sum(right) / 5, "x": sum(right[::2]) / 3, "y": sum(right[1::2]) / 2}
+    result = impl.reward_accuracies(model, (chosen, rejected, kinds), engine())
+    assert result == pytest.approx(expected) and right[-1] == 0.5
+
+
+@law(
     "a pretrained model of any family goes through every stage, also with a tokenizer whose pad is EOS, a vocabulary wider "
     "than the tokenizer, and a checkpoint in bfloat16",
     "README: your own data and models", *RUN_NEEDS, "train_tokenizer",
@@ -2950,6 +3122,17 @@ MUTANTS = [
     Mutant("standard deviations pass for standard errors", "test_the_verdict_claims_no_more_than_its_intervals", "1.96 * x.std() / math.sqrt(len(x))", "1.96 * x.std()"),
     Mutant("ties count nothing", "test_ties_count_half", "((a > b).float() + (a == b).float() / 2)", "(a > b).float()"),
     Mutant("settings are not checked against each other", "test_contradictions_are_refused_with_both_numbers", "self.batch_size % self.num_minibatches != 0,\n", "False,\n"),
+    Mutant("the judge prefers the worse text", "test_comparisons_are_the_labelers", "int(scores[1] > scores[0])", "int(scores[1] < scores[0])"),
+    Mutant("all samples of a post share their noise", "test_samples_of_a_post_are_independent", 'noise(seed, f"compare {split} {k}",', 'noise(seed, f"compare {split}",'),
+    Mutant("the value model's bias does not train", "test_the_four_models_start_where_they_should", "ScalarModel.load(run.reward_model, train_bias=True)", "ScalarModel.load(run.reward_model)"),
+    Mutant("KL is marked upside down", "test_exam_marks_are_what_they_are_called", "return [one - two]", "return [two - one]"),
+    Mutant("KL is marked at temperature 1", "test_exam_marks_are_what_they_are_called", "(response_logprobs(p, layout, self.temperature) for p in", "(response_logprobs(p, layout, 1.0) for p in"),
+    Mutant("another post is the same post", "test_exam_marks_are_what_they_are_called", "others = self.posts[half:] + self.posts[:half]", "others = self.posts"),
+    Mutant("SFT and PPO change columns", "test_evaluation_columns_belong_to_their_models", '(("SFT", sft_policy), ("PPO", ppo_policy))', '(("SFT", ppo_policy), ("PPO", sft_policy))'),
+    Mutant("the validation posts are the test", "test_evaluation_columns_belong_to_their_models", '"test": data.test or data.valid', '"test": data.valid'),
+    Mutant("an earlier run comes before this one", "test_a_runs_own_folder_comes_first", "(self.folder, self.config.from_run)", "(self.config.from_run, self.folder)"),
+    Mutant("BOS is forgotten", "test_bos_where_the_tokenizer_has_one", "queries = [start + query for query in encoded]", "queries = encoded"),
+    Mutant("accuracy is inverted", "test_reward_accuracies_are_shares_of_pairs", '"all": win_rate(better, worse)', '"all": win_rate(worse, better)'),
     # whole runs
     Mutant("the learning rate stays up", "test_a_run_logs_finite_numbers_and_ratio_one", "set_lr(optimizer, 1 - update / config.num_updates)", "set_lr(optimizer, 1.0)"),
     Mutant("the reference learns with the policy", "test_frozen_models_stay_frozen", "policy, ref_policy = load_policy(run.sft_model), load_policy(run.sft_model).requires_grad_(False)", "policy = ref_policy = load_policy(run.sft_model)"),
