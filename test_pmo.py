@@ -24,6 +24,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -2406,6 +2407,127 @@ def test_evaluation_columns_belong_to_their_models():
 
 
 @law(
+    "every update rolls out new posts with new noise, and learns from the advantages and returns of that rollout",
+    "D19, D25; [4]: the value target is not whitened", *RUN_NEEDS, "ppo", "roll_out", "ppo_losses", "noise",
+)  # fmt: skip
+def test_every_update_sees_its_own_episodes():
+    calls, rollouts, learned, roll_out, losses = [], [], [], impl.roll_out, impl.ppo_losses
+
+    def remember_rollout(models, queries, uniforms, *rest):
+        calls.append((queries, uniforms))
+        rollouts.append(roll_out(models, queries, uniforms, *rest))
+        return rollouts[-1]
+
+    def remember_losses(models, rollout, advantages, returns, *rest):
+        learned.append((rollout, advantages, returns))
+        return losses(models, rollout, advantages, returns, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "roll_out", remember_rollout)
+        patch.setattr(impl, "ppo_losses", remember_losses)
+        config = tiny_config("episodes", stages=("ppo",), from_run=finished_run())
+        impl.start(config)
+    noise = [impl.noise(1, "episodes", range(16 * i, 16 * i + 16), 16) for i in range(3)]
+    assert all(uniforms.equal(expected) for (_, uniforms), expected in zip(calls, noise))
+    asked = [tuple(query) for queries, _ in calls for query in queries]
+    assert len(asked) == 48 and len(set(asked)) == 48, "48 episodes of 60 posts: none twice"
+    for rollout, advantages, returns in learned:
+        rewards = impl.shape_rewards(rollout, config.ppo)
+        raw, targets = impl.gae(rewards, rollout.values, rollout.mask, 1.0, 0.95)
+        close(returns, targets)
+        close(advantages, impl.whiten(raw, rollout.mask))
+
+
+@law(
+    "the reward model sees own summaries against exchanged ones, and every comparison once, as it was judged",
+    "[5] section 3.4; Askell et al. 2021", *RUN_NEEDS, "reward", "reward_losses", "Run",
+)  # fmt: skip
+def test_the_reward_model_sees_each_pair_once_the_right_way_round():
+    seen, losses = [], impl.reward_losses
+
+    def remember(model, chosen, rejected, pairs, engine, rows):
+        seen.extend((tuple(chosen.queries[i]), tuple(chosen.responses[i]), tuple(rejected.responses[i])) for i in rows)
+        return losses(model, chosen, rejected, pairs, engine, rows)
+
+    config = tiny_config("pairs", stages=("reward",), from_run=finished_run())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "reward_losses", remember)
+        impl.start(config)
+    run = impl.Run(replace(config, name="pairs again"))
+    codec = run.codec(finished_run() / "sft")
+    examples, (chosen, rejected, _) = run.examples("train", codec), run.pairs("train", codec)
+    judged = [tuple(map(tuple, row)) for row in zip(chosen.queries, chosen.responses, rejected.responses)]
+    own = {(tuple(q), tuple(r)) for q, r in zip(examples.queries, examples.responses)}
+    rest = Counter(seen)
+    rest.subtract(judged)
+    assert min(rest.values()) >= 0, "a comparison was not seen, or the wrong way round"
+    pretrained = list(rest.elements())
+    assert len(pretrained) == len(examples) and {(query, better) for query, better, _ in pretrained} == own
+    assert sum((query, worse) in own for query, _, worse in pretrained) < len(pretrained) / 2
+
+
+@law(
+    "learning rates warm up and fall as their schedules say, to nothing at the end of SFT and of the reward model",
+    "D21", *RUN_NEEDS, "warmup", "cosine",
+)  # fmt: skip
+def test_logged_learning_rates_follow_their_schedules():
+    records, config = metrics_of(finished_run()), tiny_config("unused")
+    shapes = {"pretrain": lambda x: 1.0, "sft": impl.cosine, "reward": impl.cosine}
+    for stage, shape in shapes.items():
+        logged = [record["lr"] for record in records if record["stage"] == stage and "lr" in record]
+        n, lr = len(logged), getattr(config, stage).lr
+        assert logged == pytest.approx([lr * impl.warmup(i, n) * shape(i / n) for i in range(n)])
+
+
+@law(
+    "no file of the corpus is in two splits, and no post is lost",
+    "held-out posts must be new", "corpus", "build_corpus", "Post", "Run", "Config",
+)  # fmt: skip
+def test_the_splits_of_the_corpus_share_no_file():
+    def documents():
+        for file, i in itertools.product(range(150), range(10)):
+            words = " ".join(f"word{file}x{i}x{j}" for j in range(10))
+            name = "".join(chr(97 + int(digit)) for digit in f"{file}{i}")
+            yield f"lib/{file}.py", impl.Post("lib", f"file {file}", words, f"Explain the thing called {name}x here.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "docstrings", documents)
+        run = impl.Run(impl.Config(name="corpus", out=workshop() / "runs"))
+        impl.corpus(run)
+    splits = {split: run.posts(split) for split in ("train", "valid", "test")}
+    titles = {split: {post.title for post in posts} for split, posts in splits.items()}
+    assert not (
+        titles["train"] & titles["valid"] or titles["train"] & titles["test"] or titles["valid"] & titles["test"]
+    )
+    assert len(splits["valid"]) == len(splits["test"]) == 512 and len(splits["train"]) == 1500 - 2 * 520
+
+
+@law(
+    "the report compares PPO with SFT, not SFT with PPO, each at its own temperature, and says who judged",
+    "D24", *RUN_NEEDS, "report", "Run",
+)  # fmt: skip
+def test_the_report_names_the_winner_at_each_temperature():
+    numpy = pytest.importorskip("numpy")
+    posts = toy_posts(40)
+
+    def marks(labeler: float) -> dict:
+        names = ("score", "labeler", "labeler, other post", "rouge_l", "rouge_l, other post", "kl", "eos", "tokens")
+        return {name: numpy.full(40, labeler if name == "labeler" else 0.0) for name in names}
+
+    writers = {"author": 0.9, "SFT T=0.01": 0.1, "SFT T=0.7": 0.5, "PPO T=0.01": 0.2, "PPO T=0.7": 0.4}
+    run = impl.Run(tiny_config("report", stages=("evaluate",)))
+    for by_labeler in (True, False):
+        texts = {writer: [post.summary for post in posts] for writer in writers}
+        impl.report(run, posts, texts, {writer: marks(x) for writer, x in writers.items()}, by_labeler)
+        record = json.loads((run.folder / "eval.json").read_text())
+        rates = {pair: figures["win rate"][0] for pair, figures in record["comparisons"].items()}
+        assert rates["PPO T=0.01 against SFT T=0.01"] == 1 and rates["PPO T=0.7 against SFT T=0.7"] == 0
+        words = record["verdict"]
+        assert "PPO at T=0.01 is preferred" in words and "at T=0.7 it is worse" in words
+        assert ("the labeler that made the preferences" in words) == by_labeler
+
+
+@law(
     "a run's own folders come before those of --from-run",
     "README: stages can be run one at a time", *RUN_NEEDS, "Run",
 )  # fmt: skip
@@ -3133,6 +3255,16 @@ MUTANTS = [
     Mutant("an earlier run comes before this one", "test_a_runs_own_folder_comes_first", "(self.folder, self.config.from_run)", "(self.config.from_run, self.folder)"),
     Mutant("BOS is forgotten", "test_bos_where_the_tokenizer_has_one", "queries = [start + query for query in encoded]", "queries = encoded"),
     Mutant("accuracy is inverted", "test_reward_accuracies_are_shares_of_pairs", '"all": win_rate(better, worse)', '"all": win_rate(worse, better)'),
+    Mutant("every update has the same noise", "test_every_update_sees_its_own_episodes", 'noise(seed, "episodes", episodes, T)', 'noise(seed, "episodes", range(config.batch_size), T)'),
+    Mutant("every update has the same posts", "test_every_update_sees_its_own_episodes", "len(posts), episodes.start, episodes.stop)", "len(posts), 0, config.batch_size)"),
+    Mutant("value targets come from whitened advantages", "test_every_update_sees_its_own_episodes", "            advantages = whiten(advantages, rollout.mask)\n", "            advantages = whiten(advantages, rollout.mask)\n            returns = advantages + rollout.values\n"),
+    Mutant("own and exchanged summaries are swapped", "test_the_reward_model_sees_each_pair_once_the_right_way_round", "own + chosen, own.exchanged() + rejected", "own.exchanged() + chosen, own + rejected"),
+    Mutant("comparisons are never trained on", "test_the_reward_model_sees_each_pair_once_the_right_way_round", "*(len(own) + i for i in order)", "*order"),
+    Mutant("SFT ends at half its learning rate", "test_logged_learning_rates_follow_their_schedules", "schedule(step / len(steps))", "schedule(step / (2 * len(steps)))"),
+    Mutant("the reward model's rate does not fall", "test_logged_learning_rates_follow_their_schedules", "warmup(step, len(steps)) * cosine(step / len(steps))", "warmup(step, len(steps))"),
+    Mutant("test posts are trained on", "test_the_splits_of_the_corpus_share_no_file", "posts += unused.pop()", "posts += unused.pop() if len(posts) + 10 < (size or 10**9) else unused[-1]"),
+    Mutant("win rates are the loser's", "test_the_report_names_the_winner_at_each_temperature", "compare_marks(marks[a], marks[b])", "compare_marks(marks[b], marks[a])"),
+    Mutant("the verdict exchanges the temperatures", "test_the_report_names_the_winner_at_each_temperature", "for t in (cold, warm)), cold, warm", "for t in (warm, cold)), cold, warm"),
     # whole runs
     Mutant("the learning rate stays up", "test_a_run_logs_finite_numbers_and_ratio_one", "set_lr(optimizer, 1 - update / config.num_updates)", "set_lr(optimizer, 1.0)"),
     Mutant("the reference learns with the policy", "test_frozen_models_stay_frozen", "policy, ref_policy = load_policy(run.sft_model), load_policy(run.sft_model).requires_grad_(False)", "policy = ref_policy = load_policy(run.sft_model)"),
