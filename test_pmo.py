@@ -9,7 +9,7 @@ function it lacks is reported as missing, never as passed. It may name laws it i
 KNOWN_FAILURES = {"test_name": "why"}; such a law must then really fail. Where good implementations differ by choice
 (divisor of the variance, for instance) the law is marked a choice, and only pmo is held to it.
 
-Sources: numbers in brackets are pmo.py's references; PEP-like tags D1 to D25 are the details in README.
+Sources: numbers in brackets are pmo.py's references; the tags D1 to D25 are the details in README.
 """
 
 from __future__ import annotations
@@ -1979,7 +1979,7 @@ def test_ppo_loss_adds_up():
     shares = {
         k: v.item() for k, v in impl.ppo_losses(models, old, advantages, returns, rows, config, engine(), rows).items()
     }
-    policy_terms, value_terms, clipped, ratios_seen = [], [], 0, []
+    policy_terms, value_terms, clipped, value_clipped, ratios_seen = [], [], 0, 0, []
     for i in rows:
         for t in range(int(rollout.mask[i].sum())):
             ratio, A = math.exp(shift[i, t]), advantages[i, t].item()
@@ -1989,6 +1989,7 @@ def test_ppo_loss_adds_up():
             ratios_seen.append(ratio)
             v, v_old, target = rollout.values[i, t].item(), old.values[i, t].item(), returns[i, t].item()
             near = v_old + min(max(v - v_old, -0.2), 0.2)
+            value_clipped += (near - target) ** 2 > (v - target) ** 2
             value_terms.append(max((v - target) ** 2, (near - target) ** 2) / 2)
     n = len(policy_terms)
     expected = {
@@ -1997,6 +1998,7 @@ def test_ppo_loss_adds_up():
         "loss": sum(policy_terms) / n + 0.25 * sum(value_terms) / n,
         "policy/clipfrac": clipped / n,
         "val/ratio": sum(ratios_seen) / n,
+        "val/clipfrac": value_clipped / n,
         "policy/approxkl": sum(math.log(r) ** 2 for r in ratios_seen) / 2 / n,
     }
     assert 0 < clipped < n, "the example should clip some tokens and not others"
@@ -2734,7 +2736,7 @@ def config_error(make: Callable[[], object]) -> str:
 
 @law(
     "settings that contradict each other are refused, with both flags and both numbers",
-    "DESIGN: derived values are never flags", *PROGRAM, "PPO", "Pretrain", "Data",
+    "a number that follows from others is no flag", *PROGRAM, "PPO", "Pretrain", "Data",
 )  # fmt: skip
 def test_contradictions_are_refused_with_both_numbers():
     message = config_error(lambda: impl.PPO(batch_size=10, num_minibatches=4))
@@ -2916,6 +2918,28 @@ def test_the_choice_is_the_chosen_text():
         parsed = impl.parse_comparison(record)
         assert (parsed.chosen, parsed.rejected) == (("first", "second") if choice == 0 else ("second", "first"))
         assert parsed.kind == "ref vs sup1"
+
+
+@law(
+    "a shown sample is each model's own text with its own score",
+    "README: samples.jsonl", *RUN_NEEDS, "show_sample", "Run", "load_models",
+)  # fmt: skip
+def test_shown_samples_belong_to_their_models():
+    folder, config = finished_run(), tiny_config("shown", stages=("ppo",))
+    run = impl.Run(replace(config, from_run=folder))
+    models, codec, posts = impl.load_models(run), run.codec(folder / "sft"), toy_posts(12)
+    models = replace(models, policy=impl.load_policy(folder / "base"))
+    impl.show_sample(run, 3, posts, codec, models)
+    record = json.loads((run.folder / "samples.jsonl").read_text())
+    queries, noise = codec.queries([posts[3]]), impl.noise(1, "show", [3], 16)
+    written = {"author": codec.responses([posts[3].summary])}
+    for name, policy in (("sft", models.ref_policy), ("ppo", models.policy)):
+        written[name] = impl.sample(policy, queries, noise, 0.01, codec.eos_id, engine())
+    assert written["sft"] != written["ppo"], "the example needs two models that write different things"
+    for name, responses in written.items():
+        assert record[name] == codec.text(responses[0])
+        score = impl.scores_of(models.reward_model, impl.Batch(queries, responses), engine()).item()
+        assert record[f"{name}_score"] == pytest.approx(score, abs=1e-5)
 
 
 @law(
@@ -3255,6 +3279,9 @@ MUTANTS = [
     Mutant("an earlier run comes before this one", "test_a_runs_own_folder_comes_first", "(self.folder, self.config.from_run)", "(self.config.from_run, self.folder)"),
     Mutant("BOS is forgotten", "test_bos_where_the_tokenizer_has_one", "queries = [start + query for query in encoded]", "queries = encoded"),
     Mutant("accuracy is inverted", "test_reward_accuracies_are_shares_of_pairs", '"all": win_rate(better, worse)', '"all": win_rate(worse, better)'),
+    Mutant("every shown text has the author's score", "test_shown_samples_belong_to_their_models", "score = scores_of(models.reward_model, Batch(queries, responses),", 'score = scores_of(models.reward_model, Batch(queries, written["author"]),'),
+    Mutant("shown texts change names", "test_shown_samples_belong_to_their_models", '(("sft", models.ref_policy), ("ppo", models.policy))', '(("sft", models.policy), ("ppo", models.ref_policy))'),
+    Mutant("val/clipfrac compares a half with a whole", "test_ppo_loss_adds_up", "(2 * value_losses > (values", "(value_losses > (values"),
     Mutant("every update has the same noise", "test_every_update_sees_its_own_episodes", 'noise(seed, "episodes", episodes, T)', 'noise(seed, "episodes", range(config.batch_size), T)'),
     Mutant("every update has the same posts", "test_every_update_sees_its_own_episodes", "len(posts), episodes.start, episodes.stop)", "len(posts), 0, config.batch_size)"),
     Mutant("value targets come from whitened advantages", "test_every_update_sees_its_own_episodes", "            advantages = whiten(advantages, rollout.mask)\n", "            advantages = whiten(advantages, rollout.mask)\n            returns = advantages + rollout.values\n"),
