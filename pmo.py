@@ -769,9 +769,8 @@ class Batch:
         return Batch([q[:1] for q in self.queries], [q[1:] + r for q, r in zip(self.queries, self.responses)])
 
     def exchanged(self) -> Batch:
-        """Every query with the response to another, half the batch away: a summarizer must find these much worse."""
-        half = len(self) // 2
-        return Batch(self.queries, self.responses[half:] + self.responses[:half])
+        """Every query with the response to another: a summarizer must find these much worse."""
+        return Batch(self.queries, far_away(self.responses))
 
 
 class Layout(NamedTuple):
@@ -800,6 +799,12 @@ def lay_out(batch: Batch, device: torch.device | str = "cpu") -> Layout:
 def pad_right(rows: list[list[int]], device: torch.device | str) -> Tensor:
     width = max(map(len, rows))
     return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+
+
+def far_away(rows: list) -> list:
+    """For each row the one half the list away: neighbours may come from one file, and be about one thing."""
+    half = len(rows) // 2
+    return rows[half:] + rows[:half]
 
 
 def chunks(rows: Sequence[int], size: int) -> list[list[int]]:
@@ -1615,6 +1620,11 @@ def step_statistics(steps: list[dict[str, float]]) -> dict[str, float]:
     return means | first
 
 
+def headline(post: Post) -> str:
+    """What a post is about, and its end, for the screen."""
+    return f"    r/{post.subreddit}, {post.title}: ...{' '.join(post.post.split())[-80:]}"
+
+
 def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: Models) -> None:
     """One validation post: the author's line, SFT's and the policy's next-to-greedy summaries, with scores."""
     post = posts[update % len(posts)]
@@ -1626,7 +1636,7 @@ def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: 
     record = (
         {"update": update} | post._asdict() | {name: codec.text(responses[0]) for name, responses in written.items()}
     )
-    run.say(f"    r/{post.subreddit}, {post.title}: ...{' '.join(post.post.split())[-80:]}")
+    run.say(headline(post))
     for name, responses in written.items():
         score = scores_of(models.reward_model, Batch(queries, responses), run.engine).item()
         record[f"{name}_score"] = score
@@ -1673,8 +1683,7 @@ class Exam:
     def marks(self, responses: list[list[int]], policy: PreTrainedModel | None = None) -> dict[str, np.ndarray]:
         """Marks (N,) of a writer's responses: "other post" is style without summary; kl needs samples of `policy`."""
         batch, texts = Batch(self.queries, responses), [self.codec.text(response) for response in responses]
-        half = len(self.posts) // 2
-        others = self.posts[half:] + self.posts[:half]  # far away: neighbours may come from one file
+        others = far_away(self.posts)
 
         def log_ratio(layout: Layout) -> list[Tensor]:
             one, two = (response_logprobs(p, layout, self.temperature) for p in (policy, self.sft_policy))
@@ -1730,7 +1739,7 @@ def report(
     cells = [[name, *(f"{mean:+.3f} ± {half:.3f}" for mean, half in row.values())] for name, row in versus.items()]
     run.say(table([["95% intervals", *versus[f"PPO {cold} against SFT {cold}"]], *cells]))
     for i in range(min(5, len(posts))):
-        run.say(f"    r/{posts[i].subreddit}, {posts[i].title}: ...{' '.join(posts[i].post.split())[-80:]}")
+        run.say(headline(posts[i]))
         run.say("\n".join(f"    {writer:10} {texts[writer][i]}" for writer in ("author", f"SFT {cold}", f"PPO {cold}")))
     conclusion = verdict(*(versus[f"PPO {t} against SFT {t}"] for t in (cold, warm)), cold, warm, by_labeler)
     run.say(f"\n{conclusion}")

@@ -3273,7 +3273,7 @@ MUTANTS = [
     Mutant("the value model's bias does not train", "test_the_four_models_start_where_they_should", "ScalarModel.load(run.reward_model, train_bias=True)", "ScalarModel.load(run.reward_model)"),
     Mutant("KL is marked upside down", "test_exam_marks_are_what_they_are_called", "return [one - two]", "return [two - one]"),
     Mutant("KL is marked at temperature 1", "test_exam_marks_are_what_they_are_called", "(response_logprobs(p, layout, self.temperature) for p in", "(response_logprobs(p, layout, 1.0) for p in"),
-    Mutant("another post is the same post", "test_exam_marks_are_what_they_are_called", "others = self.posts[half:] + self.posts[:half]", "others = self.posts"),
+    Mutant("another post is the same post", "test_exam_marks_are_what_they_are_called", "others = far_away(self.posts)", "others = self.posts"),
     Mutant("SFT and PPO change columns", "test_evaluation_columns_belong_to_their_models", '(("SFT", sft_policy), ("PPO", ppo_policy))', '(("SFT", ppo_policy), ("PPO", sft_policy))'),
     Mutant("the validation posts are the test", "test_evaluation_columns_belong_to_their_models", '"test": data.test or data.valid', '"test": data.valid'),
     Mutant("an earlier run comes before this one", "test_a_runs_own_folder_comes_first", "(self.folder, self.config.from_run)", "(self.config.from_run, self.folder)"),
