@@ -46,6 +46,7 @@ trajectory, model ratio = importance ratio, time-weighting factor = discount.
 from __future__ import annotations
 
 import gzip
+import importlib
 import importlib.util
 import inspect
 import json
@@ -62,7 +63,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -263,6 +265,9 @@ class PPO:
     """Score of a response that does not end, in place of the model's [D12]. Paper: -1."""
     average: Literal["token", "sequence"] = "token"
     """Losses are means over all tokens, or over responses of their token means."""
+    reward_function: str | None = None
+    """A rule in place of the reward model (RLVR [7]): module:function(post, response, record) -> float, where record
+    is the post's record in the data file. No comparisons, no reward model; the value model starts at 0."""
     sample_every: int = 5
     """Updates between printed samples."""
 
@@ -302,6 +307,9 @@ class Evaluate:
     """Posts to summarise, at most."""
     temperature: float = 0.01
     """Sampling temperature, next to greedy. Paper: 0.01."""
+    judge: str = "labeler"
+    """Who says which summary is better: labeler; reward (what PPO was trained on); the folder of another reward model;
+    or module:function(post, a, b) -> 1 if a is better, 0 if b, 0.5 if neither, asked in both orders."""
 
     def __post_init__(self) -> None:
         require(self, "evaluate", 1, "posts")
@@ -349,6 +357,8 @@ class Config:
     """SFT model, instead of this run's or --from-run's."""
     reward_model: str | None = None
     """Reward model (AutoModelForSequenceClassification, one label), instead of this run's or --from-run's."""
+    ppo_model: str | None = None
+    """Policy to evaluate, instead of this run's or --from-run's."""
     seed: int = 1
     """Seed of everything random but the corpus's split: shuffles, samples, new weights [D25]."""
     track: bool = False
@@ -364,15 +374,18 @@ class Config:
 
     def __post_init__(self) -> None:
         refuse(self.seed < 0, f"--seed is {self.seed}, must be at least 0")
+        both = self.ppo.reward_function is not None and self.reward_model is not None
+        refuse(both, "--ppo.reward-function stands in for the reward model, but --reward-model is given too")
 
     def is_given(self, stage: str) -> bool:
         """Whether the user brings what this stage would make."""
+        scored = self.reward_model is not None or self.ppo.reward_function is not None
         return {
             "corpus": self.data.train is not None,
             "pretrain": self.model is not None or self.sft_model is not None,
             "sft": self.sft_model is not None,
-            "compare": self.data.comparisons_train is not None or self.reward_model is not None,
-            "reward": self.reward_model is not None,
+            "compare": self.data.comparisons_train is not None or scored,
+            "reward": scored,
         }.get(stage, False)
 
 
@@ -588,15 +601,19 @@ class Post(NamedTuple):
     title: str
     post: str
     summary: str
+    record: dict | None = None  # as it stood in the file: a reward function may need more than the four fields
+
+    def fields(self) -> dict[str, str]:
+        return {"subreddit": self.subreddit, "title": self.title, "post": self.post, "summary": self.summary}
 
 
 class Comparison(NamedTuple):
-    """Two summaries of a post, one preferred to the other; `kind` names the policies that wrote them."""
+    """Two summaries of a post, one preferred to the other."""
 
     post: Post
     chosen: str
     rejected: str
-    kind: str
+    kinds: tuple[str, ...]  # the policies that wrote them, the batch, the confidence: accuracy is reported by each
 
 
 # The Hub's copies of the TL;DR data hold whole queries, in columns named prompt, completion, chosen, rejected.
@@ -613,10 +630,10 @@ def text_field(record: dict, name: str) -> str:
 def parse_post(record: dict) -> Post:
     """A record of OpenAI's tldr_3_filtered files, or prompt and completion as on the Hub."""
     if "prompt" not in record:
-        return Post(*(text_field(record, name) for name in Post._fields))
+        return Post(*(text_field(record, name) for name in ("subreddit", "title", "post", "summary")), record)
     match = HUB_PROMPT.fullmatch(text_field(record, "prompt"))
     refuse(match is None, "field 'prompt' does not read SUBREDDIT: r/... TITLE: ... POST: ... TL;DR:")
-    return Post(*match.groups(), summary=text_field(record, "completion").removesuffix("<|endoftext|>"))
+    return Post(*match.groups(), text_field(record, "completion").removesuffix("<|endoftext|>"), record)
 
 
 def parse_comparison(record: dict) -> Comparison | None:
@@ -625,7 +642,7 @@ def parse_comparison(record: dict) -> Comparison | None:
     None for a comparison of another task: OpenAI's validation files hold CNN/DM articles too.
     """
     if "prompt" in record:
-        texts, choice, kind = [text_field(record, "chosen"), text_field(record, "rejected")], 0, "unknown"
+        texts, choice, kinds = [text_field(record, "chosen"), text_field(record, "rejected")], 0, ["unknown"]
         post = parse_post({"prompt": record["prompt"], "completion": ""})
     else:
         info, summaries, choice = record.get("info"), record.get("summaries"), record.get("choice")
@@ -636,10 +653,13 @@ def parse_comparison(record: dict) -> Comparison | None:
         refuse(not pair, "field 'summaries' is not two objects")
         texts = [text_field(summary, "text") for summary in summaries]
         refuse(type(choice) is not int or choice not in (0, 1), f"field 'choice' is {choice!r}, must be 0 or 1")
-        kind = " vs ".join(sorted(str(summary.get("policy", "unknown")) for summary in summaries))
+        kinds = [" vs ".join(sorted(str(summary.get("policy", "unknown")) for summary in summaries))]
+        kinds += [str(record["batch"])] if "batch" in record else []
+        extra = record.get("extra")
+        kinds += [f"confidence {extra['confidence']}"] if isinstance(extra, dict) and "confidence" in extra else []
         post = parse_post({**info, "summary": ""})
     refuse(not all(text.strip() for text in texts), "one of the two texts is empty")
-    return Comparison(post, texts[choice], texts[1 - choice], kind)
+    return Comparison(post, texts[choice], texts[1 - choice], tuple(kinds))
 
 
 TOLERATED = 0.01  # share of unusable records; more are an error
@@ -707,7 +727,7 @@ class Codec:
     def encode(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids if texts else []
 
-    @property
+    @cached_property
     def start(self) -> list[int]:
         """BOS, for the tokenizers that put one before every text."""
         bos = self.tokenizer.bos_token_id
@@ -716,20 +736,25 @@ class Codec:
     def queries(self, posts: Sequence[Post]) -> list[list[int]]:
         """Formatted posts [D1], cut at a paragraph where they exceed `query_tokens` [D2]."""
         start, limit = self.start, self.data.query_tokens
-        encoded = self.encode([self.data.query_format.format(**post._asdict()) for post in posts])
-        queries = [start + query for query in encoded]
+        queries = [start + query for query in self.encode([self.formatted(post) for post in posts])]
         refuse(not all(queries), "--data.query-format gives an empty query for a post without text")
-        return [q if len(q) <= limit else self.cut_query(post, start) for post, q in zip(posts, queries)]
+        return [q if len(q) <= limit else self.cut_query(post) for post, q in zip(posts, queries)]
 
-    def cut_query(self, post: Post, start: list[int]) -> list[int]:
+    def formatted(self, post: Post) -> str:
+        return self.data.query_format.format(**post.fields())
+
+    def cut_query(self, post: Post) -> list[int]:
         def tokens(text: str) -> list[int]:
-            return start + self.encode([self.data.query_format.format(**post._replace(post=text)._asdict())])[0]
+            return self.start + self.encode([self.formatted(post._replace(post=text))])[0]
 
-        try:
-            return tokens(truncate_post(post.post, lambda text: len(tokens(text)) <= self.data.query_tokens))
-        except InputError as error:
-            limit = f"--data.query-tokens {self.data.query_tokens}"
-            raise InputError(f"post titled {post.title[:60]!r}, {limit}: {error}") from None
+        return tokens(truncate_post(post.post, lambda text: len(tokens(text)) <= self.data.query_tokens))
+
+    def check_title(self, post: Post) -> None:
+        """InputError where template and title alone are too long for a query."""
+        empty = post._replace(post="")
+        if len(self.formatted(empty).encode()) >= self.data.query_tokens:  # fewer bytes are never more tokens
+            tokens, limit = len(self.start + self.encode([self.formatted(empty)])[0]), self.data.query_tokens
+            refuse(tokens > limit, f"template and title take {tokens} tokens, --data.query-tokens is {limit}")
 
     def responses(self, summaries: Sequence[str]) -> list[list[int]]:
         """One space, the summary, EOS [D1, D4]. Never cut: a cut response would lose its EOS."""
@@ -980,7 +1005,7 @@ def load_pretrained(auto: type, folder: str | Path, **options: object):
     looks_local = str(folder).startswith((".", "/", "~")) or str(folder).count("/") > 1
     refuse(looks_local and not Path(folder).is_dir(), f"{folder}: no such folder")
     try:
-        return auto.from_pretrained(folder, **options)
+        return auto.from_pretrained(folder, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{folder}: cannot load: {' '.join(str(error).split())[:200]}") from None
 
@@ -1043,6 +1068,11 @@ class ScalarModel(nn.Module):
         hidden = take(self.classifier.base_model(input_ids=tokens, use_cache=False).last_hidden_state, index)
         with torch.autocast(hidden.device.type, enabled=False):  # eight bits would tie scores and round values
             return self.classifier.score(hidden.float()).squeeze(-1) + self.bias
+
+    @property
+    def preferences_of(self) -> str | None:
+        """Whose comparisons it learned, "humans" or "labeler", where its folder says so."""
+        return getattr(self.classifier.config, "preferences_of", None)
 
     @torch.no_grad()
     def center(self, mean_score: float) -> None:
@@ -1265,7 +1295,7 @@ def corpus(run: Run) -> None:
         posts: list[Post] = []
         while unused and (size is None or len(posts) < size):
             posts += unused.pop()
-        write_records(run.new("data") / f"{split}.jsonl", [post._asdict() for post in posts[:size]])
+        write_records(run.new("data") / f"{split}.jsonl", [post.fields() for post in posts[:size]])
         run.say(f"{len(posts[:size]):,} {split} posts")
 
 
@@ -1276,6 +1306,7 @@ def pretrain(run: Run) -> None:
     tokenizer = train_tokenizer(posts, config.data.query_format, config.pretrain.vocab_size)
     codec, model = Codec(tokenizer, config.data), small_model(config.pretrain, tokenizer, config.seed)
     model.to(run.engine.device)
+    posts = run.posts("train", codec)
     titles = Batch(codec.queries(posts), codec.responses([post.title for post in posts]))
     train_language_model(run, "pretrain", model, titles, config.pretrain, 1.0, schedule=lambda progress: 1.0)
     save_model(model, tokenizer, run.new("base"))
@@ -1357,7 +1388,7 @@ def compare(run: Run) -> None:
     codec, policy = run.codec(run.sft_model), load_policy(run.sft_model).to(run.engine.device)
     labeler = Labeler(run.posts("train"))
     for split, limit in (("train", config.compare.posts), ("valid", None)):
-        posts = run.posts(split)
+        posts = run.posts(split, codec)
         posts = [posts[i] for i in rng(seed, f"compare {split}").permutation(len(posts))[:limit]]
         queries = codec.queries(posts)
         drafts: list[list[str]] = []
@@ -1409,8 +1440,9 @@ def reward(run: Run) -> None:
         run.log(optimizer_step(engine, optimizer, groups, losses))
     model.center(scores_of(model, summaries, engine).mean().item())
     accuracies = reward_accuracies(model, run.pairs("valid", codec), engine)
-    run.log({f"valid/accuracy {kind}": accuracy for kind, accuracy in accuracies.items()})
-    run.say("held-out accuracy: " + ", ".join(f"{kind} {accuracy:.3f}" for kind, accuracy in accuracies.items()))
+    run.log({f"valid/accuracy {kind}": accuracy for kind, (accuracy, _) in accuracies.items()})
+    cells = [[kind, f"{accuracy:.3f}", f"{pairs:,}"] for kind, (accuracy, pairs) in accuracies.items()]
+    run.say(table([["held-out pairs", "accuracy", "pairs"], *cells]))
     model.save(run.new("reward"), codec.tokenizer)
 
 
@@ -1432,25 +1464,25 @@ def win_rate(a: Tensor, b: Tensor) -> Tensor:
     return ((a > b).float() + (a == b).float() / 2).mean()
 
 
-def reward_accuracies(model: ScalarModel, pairs: tuple[Batch, Batch, list[str]], engine: Engine) -> dict[str, float]:
-    """Share of pairs ranked as the judge ranked them, overall and by the policies that wrote the two summaries."""
+def reward_accuracies(
+    model: ScalarModel, pairs: tuple[Batch, Batch, list[tuple[str, ...]]], engine: Engine
+) -> dict[str, tuple[float, int]]:
+    """Share of pairs ranked as the judge ranked them, and their number: of all, and of each kind."""
     chosen, rejected, kinds = pairs
     better, worse = scores_of(model, chosen, engine), scores_of(model, rejected, engine)
-    accuracies = {"all": win_rate(better, worse).item()}
-    for kind in sorted(set(kinds)):
-        rows = [i for i, k in enumerate(kinds) if k == kind]
-        accuracies[kind] = win_rate(better[rows], worse[rows]).item()
-    return accuracies
+    groups = {"all": range(len(kinds))}
+    groups |= {kind: [i for i, of in enumerate(kinds) if kind in of] for kind in sorted(set(chain(*kinds)))}
+    return {kind: (win_rate(better[rows], worse[rows]).item(), len(rows)) for kind, rows in groups.items()}
 
 
 @dataclass(frozen=True)
 class Models:
-    """The four models of PPO; two learn, two are frozen."""
+    """The four models of PPO; two learn, two are frozen. A rule may stand in for the reward model."""
 
     policy: PreTrainedModel
     value_model: ScalarModel | ValueHead
     ref_policy: PreTrainedModel
-    reward_model: ScalarModel
+    reward_model: ScalarModel | RewardFunction
 
 
 class Rollout(NamedTuple):
@@ -1462,7 +1494,7 @@ class Rollout(NamedTuple):
     ref_logprobs: Tensor  # (B, T)
     entropy: Tensor  # (B, T)
     values: Tensor  # (B, T)
-    scores: Tensor  # (B,) the reward model's
+    scores: Tensor  # (B,) the reward model's or the rule's
     has_eos: Tensor  # (B,) bool
 
 
@@ -1470,7 +1502,7 @@ def ppo(run: Run) -> None:
     """Proximal policy optimisation against the reward model [1; 4]."""
     config, engine, seed, T = run.config.ppo, run.engine, run.config.seed, run.config.data.response_tokens
     codec, models = run.codec(run.sft_model), load_models(run)
-    posts, valid = run.posts("train"), run.posts("valid")
+    posts, valid = run.posts("train", codec), run.posts("valid", codec)
     queries, labeler = codec.queries(posts), Labeler(posts)
     optimizer = adamw(
         {"params": models.policy.parameters(), "lr": config.lr},
@@ -1485,7 +1517,8 @@ def ppo(run: Run) -> None:
         episodes = range(update * config.batch_size, (update + 1) * config.batch_size)
         picked = shuffled(seed, "episodes", len(posts), episodes.start, episodes.stop)
         uniforms = noise(seed, "episodes", episodes, T)
-        rollout = roll_out(models, [queries[i] for i in picked], uniforms, codec.eos_id, config, engine)
+        score = partial(outcome_scores, models.reward_model, [posts[i] for i in picked], codec, engine)
+        rollout = roll_out(models, [queries[i] for i in picked], uniforms, score, codec.eos_id, config, engine)
         rewards = shape_rewards(rollout, config)
         advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.lam)
         if config.whiten_advantages:
@@ -1506,25 +1539,71 @@ def ppo(run: Run) -> None:
 
 
 def load_models(run: Run) -> Models:
-    """Policy and reference from SFT; value model from the reward model [D10]."""
+    """Policy and reference from SFT; value model from the reward model [D10], or, with a rule, from SFT with head 0."""
     policy, ref_policy = load_policy(run.sft_model), load_policy(run.sft_model).requires_grad_(False)
     check_room(policy, run.config.data)
-    same = load_tokenizer(run.reward_model).get_vocab() == load_tokenizer(run.sft_model).get_vocab()
-    refuse(
-        not same,
-        f"{run.reward_model} and {run.sft_model} have different tokenizers; the reward model needs the policy's",
-    )
-    reward_model = ScalarModel.load(run.reward_model).requires_grad_(False)
+    reward_model = load_scorer(run)
     if run.config.ppo.value_model == "shared":
         value_model = ValueHead(policy.get_output_embeddings().weight.shape[1])
-    else:
+    elif isinstance(reward_model, ScalarModel):
         value_model = ScalarModel.load(run.reward_model, train_bias=True)
+    else:
+        value_model = ScalarModel.load(run.sft_model, train_bias=True, new_head=rng(run.config.seed, "value head"))
+        nn.init.zeros_(value_model.classifier.score.weight)
     to = run.engine.device
-    return Models(policy.to(to), value_model.to(to), ref_policy.to(to), reward_model.to(to))
+    return Models(policy.to(to), value_model.to(to), ref_policy.to(to), reward_model)
+
+
+def load_scorer(run: Run) -> ScalarModel | RewardFunction:
+    """What PPO is trained on: a frozen reward model, or a rule [7]."""
+    if run.config.ppo.reward_function is not None:
+        return load_function("--ppo.reward-function", run.config.ppo.reward_function)
+    return load_reward_model(run, run.reward_model)
+
+
+def load_reward_model(run: Run, folder: str | Path) -> ScalarModel:
+    same = load_tokenizer(folder).get_vocab() == load_tokenizer(run.sft_model).get_vocab()
+    refuse(not same, f"{folder} and {run.sft_model} have different tokenizers; the reward model needs the policy's")
+    return ScalarModel.load(folder).requires_grad_(False).to(run.engine.device)
+
+
+def load_function(flag: str, place: str) -> Callable:
+    """module:function, from the working directory or installed."""
+    module, _, name = place.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{flag} {place}, which should name module:function: {error}") from None
+    finally:
+        sys.path.pop(0)
+
+
+RewardFunction = Callable[[str, str, dict], float]  # of post, response, record
+
+
+def outcome_scores(
+    scorer: ScalarModel | RewardFunction, posts: Sequence[Post], codec: Codec, engine: Engine, batch: Batch
+) -> Tensor:  # (B,)
+    """Scores of responses to posts: a reward model's, read at EOS, or what a rule verifies of their text [7]."""
+    if isinstance(scorer, nn.Module):
+        return scores_of(scorer, batch, engine)
+    texts = [codec.text(response) for response in batch.responses]
+    scores = [scorer(post.post, text, post.record) for post, text in zip(posts, texts)]
+    for text, score in zip(texts, scores):
+        usable = isinstance(score, (int, float)) and math.isfinite(score)
+        refuse(not usable, f"--ppo.reward-function returned {score!r}, not a finite number, for {text[:60]!r}")
+    return torch.tensor(scores, dtype=torch.float32, device=engine.device)
 
 
 def roll_out(
-    models: Models, queries: list[list[int]], uniforms: Tensor, eos_id: int, config: PPO, engine: Engine
+    models: Models,
+    queries: list[list[int]],
+    uniforms: Tensor,  # (B, T)
+    score: Callable[[Batch], Tensor],
+    eos_id: int,
+    config: PPO,
+    engine: Engine,
 ) -> Rollout:
     """Sample a response to each query and look at it with all four models."""
     temperature = config.temperature
@@ -1534,16 +1613,15 @@ def roll_out(
         logits, values = logits_and_values(models.policy, models.value_model, layout)
         return [logprobs_of(logits, layout.responses, temperature), entropy_of(logits, temperature), values]
 
-    def reference_and_score(layout: Layout) -> list[Tensor]:
-        ref_logprobs = response_logprobs(models.ref_policy, layout, temperature)
-        return [ref_logprobs, models.reward_model.scores(layout)]
+    def reference(layout: Layout) -> list[Tensor]:
+        return [response_logprobs(models.ref_policy, layout, temperature)]
 
     logprobs, entropy, values = map_rows(batch, engine, policy_and_value)
-    ref_logprobs, scores = map_rows(batch, engine, reference_and_score)
+    (ref_logprobs,) = map_rows(batch, engine, reference)
     lengths = torch.tensor([len(response) for response in batch.responses], device=engine.device)
     has_eos = torch.tensor([response[-1] == eos_id for response in batch.responses], device=engine.device)
     mask = length_mask(lengths, logprobs.shape[1])
-    return Rollout(batch, mask, logprobs, ref_logprobs, entropy, values, scores, has_eos)
+    return Rollout(batch, mask, logprobs, ref_logprobs, entropy, values, score(batch), has_eos)
 
 
 def shape_rewards(rollout: Rollout, config: PPO) -> Tensor:  # (B, T)
@@ -1634,11 +1712,11 @@ def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: 
     for name, policy in (("sft", models.ref_policy), ("ppo", models.policy)):
         written[name] = sample(policy, queries, uniforms, run.config.evaluate.temperature, codec.eos_id, run.engine)
     record = (
-        {"update": update} | post._asdict() | {name: codec.text(responses[0]) for name, responses in written.items()}
+        {"update": update} | post.fields() | {name: codec.text(responses[0]) for name, responses in written.items()}
     )
     run.say(headline(post))
     for name, responses in written.items():
-        score = scores_of(models.reward_model, Batch(queries, responses), run.engine).item()
+        score = outcome_scores(models.reward_model, [post], codec, run.engine, Batch(queries, responses)).item()
         record[f"{name}_score"] = score
         run.say(f"    {name:7} {score:6.2f}  {record[name]}")
     run.save("samples.jsonl", record)
@@ -1646,14 +1724,15 @@ def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: 
 
 def evaluate(run: Run) -> None:
     """SFT, PPO and the author side by side, with the controls that keep the verdict honest [D24]."""
-    config, engine = run.config, run.engine
-    codec, posts = run.codec(run.sft_model), run.posts("test")[: config.evaluate.posts]
+    config, engine, judge = run.config, run.engine, run.config.evaluate.judge
+    codec = run.codec(run.sft_model)
+    posts = run.posts("test", codec)[: config.evaluate.posts]
     queries = codec.queries(posts)
     sft_policy, ppo_policy = (load_policy(folder).to(engine.device) for folder in (run.sft_model, run.ppo_model))
-    reward_model = ScalarModel.load(run.reward_model).to(engine.device)
-    exam = Exam(
-        posts, queries, codec, Labeler(run.posts("train")), reward_model, sft_policy, config.ppo.temperature, engine
-    )
+    scorers = {"score": load_scorer(run)}
+    if Path(judge).is_dir():
+        scorers["judge"] = load_reward_model(run, judge)
+    exam = Exam(posts, queries, codec, Labeler(run.posts("train")), scorers, sft_policy, config.ppo.temperature, engine)
     uniforms = noise(config.seed, "evaluate", range(len(posts)), config.data.response_tokens)
     marks = {"author": exam.marks(codec.responses([post.summary for post in posts]))}
     texts = {"author": [post.summary for post in posts]}
@@ -1663,8 +1742,18 @@ def evaluate(run: Run) -> None:
             texts[f"{name} T={temperature}"] = [codec.text(response) for response in responses]
             on_policy = policy if temperature == config.ppo.temperature else None
             marks[f"{name} T={temperature}"] = exam.marks(responses, on_policy)
-    by_labeler = getattr(reward_model.classifier.config, "preferences_of", None) == "labeler"
-    report(run, posts, texts, marks, by_labeler)
+
+    row = {"labeler": "labeler", "reward": "score"}.get(judge, "judge")
+    vote = load_function("--evaluate.judge", judge) if row not in marks["author"] else None
+
+    def prefer(a: str, b: str) -> np.ndarray:  # (N,)
+        return scored_higher(marks[a][row], marks[b][row]) if vote is None else votes(vote, posts, texts[a], texts[b])
+
+    of = getattr(scorers["score"], "preferences_of", None)
+    who = {
+        "labeler": "the labeler that made the preferences" if of == "labeler" else "word overlap, not those who chose"
+    }
+    report(run, posts, texts, marks, prefer, {"reward": "what PPO was trained on", **who}.get(judge, judge))
 
 
 @dataclass(frozen=True)
@@ -1675,7 +1764,7 @@ class Exam:
     queries: list[list[int]]
     codec: Codec
     labeler: Labeler
-    reward_model: ScalarModel
+    scorers: dict[str, ScalarModel | RewardFunction]
     sft_policy: PreTrainedModel
     temperature: float
     engine: Engine
@@ -1690,7 +1779,9 @@ class Exam:
             return [one - two]
 
         marks = {
-            "score": scores_of(self.reward_model, batch, self.engine),
+            name: outcome_scores(x, self.posts, self.codec, self.engine, batch) for name, x in self.scorers.items()
+        }
+        marks |= {
             "labeler": [self.labeler.score(post, text) for post, text in zip(self.posts, texts)],
             "labeler, other post": [self.labeler.score(post, text) for post, text in zip(others, texts)],
             "rouge_l": [rouge_l(text, post.summary) for post, text in zip(self.posts, texts)],
@@ -1702,19 +1793,36 @@ class Exam:
         return {name: torch.as_tensor(x).cpu().double().numpy() for name, x in marks.items()}
 
 
+def scored_higher(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """1 where x is higher, ½ for a tie."""
+    return (x > y) + (x == y) / 2
+
+
+def votes(judge: Callable[[str, str, str], float], posts: Sequence[Post], a: list[str], b: list[str]) -> np.ndarray:
+    """A judge's preference for a, the mean over both orders: who likes what stands first cancels out."""
+    result = []
+    for post, one, two in zip(posts, a, b):
+        given = judge(post.post, one, two), judge(post.post, two, one)
+        refuse(not set(given) <= {0, 0.5, 1}, f"--evaluate.judge returned {given[0]!r}, {given[1]!r}; not 0, 0.5 or 1")
+        result.append((given[0] + 1 - given[1]) / 2)
+    return np.array(result, dtype=float)
+
+
 def mean_and_interval(x: np.ndarray) -> tuple[float, float]:
     """Mean and half-width of its 95% interval (normal approximation over posts)."""
     return float(x.mean()), float(1.96 * x.std() / math.sqrt(len(x)))
 
 
-def compare_marks(x: dict[str, np.ndarray], y: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
-    """One writer against another on the same posts: mean and interval of each difference."""
-    wins = (x["labeler"] > y["labeler"]) + (x["labeler"] == y["labeler"]) / 2
+def compare_marks(
+    x: dict[str, np.ndarray], y: dict[str, np.ndarray], wins: np.ndarray
+) -> dict[str, tuple[float, float]]:
+    """One writer against another on the same posts: share of wins, mean and interval of each difference."""
     margins = (marks["labeler"] - marks["labeler, other post"] for marks in (x, y))
     return {
         "win rate": mean_and_interval(wins),
         "margin gain": mean_and_interval(np.subtract(*margins)),
         "rouge_l gain": mean_and_interval(x["rouge_l"] - y["rouge_l"]),
+        "score gain": mean_and_interval(x["score"] - y["score"]),
     }
 
 
@@ -1723,9 +1831,10 @@ def report(
     posts: list[Post],
     texts: dict[str, list[str]],
     marks: dict[str, dict[str, np.ndarray]],
-    by_labeler: bool,
+    prefer: Callable[[str, str], np.ndarray],
+    judge: str,
 ) -> None:
-    """Table, controls, samples, verdict; eval.json."""
+    """Table, controls, samples, verdict; eval.json, and eval.jsonl with all summaries for an outside judge."""
     cold, warm = (f"T={t}" for t in (run.config.evaluate.temperature, run.config.ppo.temperature))
     means = {writer: {name: float(x.mean()) for name, x in row.items()} for writer, row in marks.items()}
     cells = [
@@ -1735,16 +1844,18 @@ def report(
     run.say(table([[f"{len(posts)} held-out posts", *means], *cells]))
     pairs = [(f"PPO {cold}", f"SFT {cold}"), (f"PPO {warm}", f"SFT {warm}"), (f"PPO {warm}", f"SFT {cold}")]
     pairs += [(f"PPO {cold}", "author"), (f"SFT {cold}", "author")]
-    versus = {f"{a} against {b}": compare_marks(marks[a], marks[b]) for a, b in pairs}
+    versus = {f"{a} against {b}": compare_marks(marks[a], marks[b], prefer(a, b)) for a, b in pairs}
     cells = [[name, *(f"{mean:+.3f} ± {half:.3f}" for mean, half in row.values())] for name, row in versus.items()]
     run.say(table([["95% intervals", *versus[f"PPO {cold} against SFT {cold}"]], *cells]))
     for i in range(min(5, len(posts))):
         run.say(headline(posts[i]))
         run.say("\n".join(f"    {writer:10} {texts[writer][i]}" for writer in ("author", f"SFT {cold}", f"PPO {cold}")))
-    conclusion = verdict(*(versus[f"PPO {t} against SFT {t}"] for t in (cold, warm)), cold, warm, by_labeler)
+    conclusion = verdict(*(versus[f"PPO {t} against SFT {t}"] for t in (cold, warm)), cold, warm, judge)
     run.say(f"\n{conclusion}")
     numbers = {writer: {name: x for name, x in row.items() if x == x} for writer, row in means.items()}
-    record = {"posts": len(posts), "means": numbers, "comparisons": versus, "verdict": conclusion}
+    written = [{writer: summaries[i] for writer, summaries in texts.items()} for i in range(len(posts))]
+    write_records(run.folder / "eval.jsonl", [post.fields() | {"summaries": w} for post, w in zip(posts, written)])
+    record = {"posts": len(posts), "judge": judge, "means": numbers, "comparisons": versus, "verdict": conclusion}
     (run.folder / "eval.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -1758,7 +1869,7 @@ def table(rows: list[list[str]]) -> str:
 Figures = dict[str, tuple[float, float]]  # name -> mean and half-width, as `compare_marks` gives them
 
 
-def verdict(at_cold: Figures, at_warm: Figures, cold: str, warm: str, by_labeler: bool) -> str:
+def verdict(at_cold: Figures, at_warm: Figures, cold: str, warm: str, judge: str) -> str:
     """Two sentences that claim no more than the intervals allow."""
 
     def moved(figures: Figures, name: str, neutral: float, up: str, same: str, down: str) -> str:
@@ -1771,7 +1882,6 @@ def verdict(at_cold: Figures, at_warm: Figures, cold: str, warm: str, by_labeler
         win, half = figures["win rate"]
         return f"{better} SFT ({win:.1%} ± {half:.1%} of posts) and is {about} about this post rather than any"
 
-    judge = "the labeler that made the preferences" if by_labeler else "word overlap, not those who chose"
     rouge = moved(at_cold, "rouge_l gain", 0.0, "rose", "did not move measurably", "fell")
     return (
         f"By {judge}, PPO at {cold} {compared(at_cold)}; at {warm} it {compared(at_warm)}. "
@@ -1817,6 +1927,13 @@ class Run:
         for name, path in asdict(config.data).items():
             flag = f"--data.{name}".replace("_", "-")
             refuse(isinstance(path, Path) and not path.is_file(), f"{flag} {path}: no such file")
+        judge = config.evaluate.judge
+        for flag, function in (
+            ("--ppo.reward-function", config.ppo.reward_function),
+            ("--evaluate.judge", None if judge in ("labeler", "reward") or Path(judge).is_dir() else judge),
+        ):
+            if function is not None:
+                load_function(flag, function)  # a slip in a name should not wait for the stage that uses it
         self.folder = fresh_folder(config.out, config.name)
         self.started, self.entered, self.stage, self.step = time.monotonic(), time.monotonic(), "", 0
         self.seconds: dict[str, float] = {}
@@ -1860,18 +1977,24 @@ class Run:
         return self.config.reward_model or self.find("reward", "run stage reward, or give --reward-model or --from-run")
 
     @property
-    def ppo_model(self) -> Path:
-        return self.find("ppo", "run stage ppo, or give --from-run")
+    def ppo_model(self) -> str | Path:
+        return self.config.ppo_model or self.find("ppo", "run stage ppo, or give --ppo-model or --from-run")
 
     def codec(self, folder: str | Path) -> Codec:
         return Codec(load_tokenizer(folder), self.config.data)
 
-    def posts(self, split: str) -> list[Post]:
+    def posts(self, split: str, codec: Codec | None = None) -> list[Post]:
+        """Posts of a split; with a codec, those whose title leaves room for a post: the others count as unusable."""
         data = self.config.data
         given = {"train": data.train, "valid": data.valid, "test": data.test or data.valid}[split]
-        return self.read(
-            given or self.find(f"data/{split}.jsonl", "run stage corpus, or give --data.train"), parse_post
-        )
+
+        def parse(record: dict) -> Post:
+            post = parse_post(record)
+            if codec is not None:
+                codec.check_title(post)
+            return post
+
+        return self.read(given or self.find(f"data/{split}.jsonl", "run stage corpus, or give --data.train"), parse)
 
     def read(self, path: Path, parse: Callable[[dict], NamedTuple | None]) -> list:
         records, complaints = read_records(path, parse)
@@ -1881,7 +2004,7 @@ class Run:
 
     def examples(self, split: str, codec: Codec) -> Batch:
         """Posts with summaries; one that would lose its EOS to the length limit is left out, and counted [D4]."""
-        posts = self.posts(split)
+        posts = self.posts(split, codec)
         batch = Batch(codec.queries(posts), codec.responses([post.summary for post in posts]))
         limit = self.config.data.response_tokens
         rows = [i for i, response in enumerate(batch.responses) if len(response) <= limit]
@@ -1892,14 +2015,21 @@ class Run:
         refuse(not rows, f"no {split} summary fits --data.response-tokens {limit}")
         return batch[rows]
 
-    def pairs(self, split: str, codec: Codec) -> tuple[Batch, Batch, list[str]]:
-        """Chosen, rejected, and which policies wrote them; pairs that do not fit are left out, and counted."""
+    def pairs(self, split: str, codec: Codec) -> tuple[Batch, Batch, list[tuple[str, ...]]]:
+        """Chosen, rejected, and of what kinds; pairs that do not fit are left out, and counted."""
         data = self.config.data
         given = {"train": data.comparisons_train, "valid": data.comparisons_valid}[split]
         path = given or self.find(
             f"data/comparisons_{split}.jsonl", "run stage compare, or give --data.comparisons-train"
         )
-        comparisons = self.read(path, parse_comparison)
+
+        def parse(record: dict) -> Comparison | None:
+            comparison = parse_comparison(record)
+            if comparison is not None:
+                codec.check_title(comparison.post)
+            return comparison
+
+        comparisons = self.read(path, parse)
         queries = codec.queries([comparison.post for comparison in comparisons])
         chosen = Batch(queries, codec.responses([comparison.chosen for comparison in comparisons]))
         rejected = Batch(queries, codec.responses([comparison.rejected for comparison in comparisons]))
@@ -1908,7 +2038,7 @@ class Run:
         if len(rows) < len(queries):
             self.say_once(f"left out {len(queries) - len(rows):,} of {len(queries):,} {split} comparisons: too long")
         refuse(not rows, f"{path}: no comparison fits --data.comparison-tokens {data.comparison_tokens}")
-        return chosen[rows], rejected[rows], [comparisons[i].kind for i in rows]
+        return chosen[rows], rejected[rows], [comparisons[i].kinds for i in rows]
 
     # what a person sees, and what stays
 

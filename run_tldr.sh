@@ -1,26 +1,71 @@
 #!/usr/bin/env bash
-# The TL;DR experiment of Huang et al. 2024 (arXiv 2403.17031) with the paper's hyper-parameters.
+# The TL;DR experiment of Huang et al. 2024 (arXiv 2403.17031), with the paper's hyper-parameters.
 #
-#   DATA=path/to/tldr ./run_tldr.sh                Pythia 1B
-#   MODEL=EleutherAI/pythia-2.8b-deduped DATA=... ./run_tldr.sh
+#   ./run_tldr.sh                     Pythia 1B
+#   SIZE=2.8b ./run_tldr.sh           Pythia 2.8B (or 6.9b)
+#   ./run_tldr.sh --seed 2 ...        further flags go to pmo.py, and override those below
 #
-# DATA holds train.jsonl, valid.jsonl, test.jsonl (OpenAI's tldr_3_filtered) and comparisons_train.jsonl,
-# comparisons_valid.jsonl (OpenAI's comparisons, batches joined). Further flags are passed on: ./run_tldr.sh --seed 2
-#
-# One process, so models that fit one GPU: at 1B the four models in float32 with AdamW take about 40 GB before
-# activations (16 bytes per trained parameter, 4 per frozen one).
+# Other variables: MODEL (a folder or Hub name, instead of SIZE), DATA (folder of the five data files; what is missing
+# there is downloaded, and an interrupted download goes on where it stopped), MICRO (rows per forward and backward
+# pass: memory and speed, not the result), PYTHON.
 set -euo pipefail
-cd "$(dirname "$0")"
+here=$(cd "$(dirname "$0")" && pwd)
 
-MODEL=${MODEL:-EleutherAI/pythia-1b-deduped}
-DATA=${DATA:?set DATA to the folder with the TL;DR files}
-MICRO=${MICRO:-8} # rows per forward and backward pass: changes memory and speed, not the result
+SIZE=${SIZE:-1b}
+MODEL=${MODEL:-EleutherAI/pythia-$SIZE-deduped}
+DATA=${DATA:-tldr}
+MICRO=${MICRO:-8}
+PYTHON=${PYTHON:-python}
+SOURCE=${SOURCE:-https://openaipublic.blob.core.windows.net/summarize-from-feedback}
 
-for file in train valid test comparisons_train comparisons_valid; do
-  [ -f "$DATA/$file.jsonl" ] || { echo "run_tldr.sh: no $DATA/$file.jsonl" >&2; exit 2; }
-done
+stop() {
+  echo "run_tldr.sh: $*" >&2
+  exit 2
+}
 
-exec python pmo.py \
+# check FILE RECORDS: a file is put in place only when it has as many records as were published.
+check() {
+  local found
+  found=$(grep -c '' "$1" || true)
+  [ "$found" = "$2" ] || stop "$1 has $found records, should have $2; remove it to load it again"
+}
+
+# fetch PATH FILE [RECORDS]: resumes FILE.part, and names it FILE when it is complete.
+fetch() {
+  [ -f "$2" ] && return
+  echo "loading $SOURCE/$1"
+  curl --fail --location --retry 5 --continue-at - --silent --show-error --output "$2.part" "$SOURCE/$1" ||
+    stop "cannot load $SOURCE/$1; start again to go on, or put the data into $DATA yourself"
+  [ $# -lt 3 ] || check "$2.part" "$3"
+  mv "$2.part" "$2"
+}
+
+mkdir -p "$DATA"
+fetch datasets/tldr_3_filtered/train.jsonl "$DATA/train.jsonl" 116722
+fetch datasets/tldr_3_filtered/valid.jsonl "$DATA/valid.jsonl" 6447
+fetch datasets/tldr_3_filtered/test.jsonl "$DATA/test.jsonl" 6553
+if [ ! -f "$DATA/comparisons_train.jsonl" ] || [ ! -f "$DATA/comparisons_valid.jsonl" ]; then
+  mkdir -p "$DATA/comparisons"
+  for batch in batch{3..20} batch22 edit_b2_eval_test batch0_cnndm cnndm0 cnndm2; do
+    fetch "dataset/comparisons/$batch.json" "$DATA/comparisons/$batch.jsonl"
+  done
+  grep -h '"split": "train"' "$DATA"/comparisons/*.jsonl >"$DATA/comparisons_train.part" || true
+  grep -hv '"split": "train"' "$DATA"/comparisons/*.jsonl >"$DATA/comparisons_valid.part" || true
+  check "$DATA/comparisons_train.part" 92858
+  check "$DATA/comparisons_valid.part" 86086
+  mv "$DATA/comparisons_train.part" "$DATA/comparisons_train.jsonl"
+  mv "$DATA/comparisons_valid.part" "$DATA/comparisons_valid.jsonl"
+fi
+
+cat <<'END'
+What one GPU needs, computed, not measured: memory without activations (README, "Memory"), hours at 400 TFLOP/s.
+                 SFT            reward model   PPO
+  Pythia 1B       16 GB 0.2 h    16 GB 0.3 h    40 GB  16 h
+  Pythia 2.8B     44 GB 0.5 h    44 GB 0.9 h   111 GB  43 h
+  Pythia 6.9B    110 GB 1.3 h   110 GB 2.1 h   274 GB 107 h (more than one GPU has)
+END
+
+exec "$PYTHON" "$here/pmo.py" \
   --stages sft reward ppo evaluate --model "$MODEL" \
   --data.train "$DATA/train.jsonl" --data.valid "$DATA/valid.jsonl" --data.test "$DATA/test.jsonl" \
   --data.comparisons-train "$DATA/comparisons_train.jsonl" --data.comparisons-valid "$DATA/comparisons_valid.jsonl" \

@@ -27,6 +27,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -1744,7 +1745,12 @@ def tiny_models(family: str, shared: bool = False):
 
 def tiny_rollout(models, config, micro_batch_size: int = 32, rows: int = 8):
     queries = some_batch(tuple((1 + i % 5, 1) for i in range(rows))).queries
-    return impl.roll_out(models, queries, uniforms(rows, 12), EOS, config, engine(micro_batch_size))
+    return roll_out(models, queries, uniforms(rows, 12), config, engine(micro_batch_size))
+
+
+def roll_out(models, queries, numbers, config, machine):
+    score = partial(impl.scores_of, models.reward_model, engine=machine)
+    return impl.roll_out(models, queries, numbers, score, EOS, config, machine)
 
 
 def advantages_and_returns(rollout, config) -> tuple[Tensor, Tensor]:
@@ -2295,7 +2301,7 @@ def test_comparisons_are_the_labelers():
     records, _ = impl.read_records(folder / "data" / "comparisons_train.jsonl", impl.parse_comparison)
     for record in records:
         assert labeler.score(record.post, record.chosen) > labeler.score(record.post, record.rejected)
-    assert {record.kind for record in records} == {"sft vs sft", "other post vs sft"}
+    assert {record.kinds for record in records} == {("sft vs sft",), ("other post vs sft",)}
     good, bad = ("sft", "About cats."), ("sft", "About trains.")
     for first, second, flip in itertools.product((good, bad), (good, bad), (False, True)):
         found = [impl.parse_comparison(r) for r in impl.judge(labeler, posts[0], first, second, flip)]
@@ -2348,12 +2354,10 @@ def test_exam_marks_are_what_they_are_called():
     folder, posts, config = finished_run(), toy_posts(12), tiny_config("unused")
     codec = impl.Codec(impl.load_tokenizer(folder / "sft"), config.data)
     sft, ppo = (impl.load_policy(folder / name) for name in ("sft", "ppo"))
-    reward_model, labeler, queries = (
-        impl.ScalarModel.load(folder / "reward"),
-        impl.Labeler(toy_posts(60)),
-        codec.queries(posts),
-    )
-    exam = impl.Exam(posts, queries, codec, labeler, reward_model, sft, 0.7, engine())
+    reward_model, judge = impl.ScalarModel.load(folder / "reward"), impl.ScalarModel.load(folder / "reward")
+    judge.center(-5.0)
+    labeler, queries = impl.Labeler(toy_posts(60)), codec.queries(posts)
+    exam = impl.Exam(posts, queries, codec, labeler, {"score": reward_model, "judge": judge}, sft, 0.7, engine())
     responses = codec.responses([post.summary for post in posts])
     responses[0] = responses[0][:-1]
     marks, same = exam.marks(responses, ppo), exam.marks(responses, sft)
@@ -2367,6 +2371,7 @@ def test_exam_marks_are_what_they_are_called():
         assert marks["labeler, other post"][i] == pytest.approx(labeler.score(other, post.summary))
     batch = impl.Batch(queries, responses)
     close(torch.tensor(marks["score"]), impl.scores_of(reward_model, batch, engine()).double())
+    close(torch.tensor(marks["judge"]), torch.tensor(marks["score"]) + 5, tolerance=1e-5)
     logprobs = [
         impl.map_rows(batch, engine(), lambda x: [impl.response_logprobs(p, x, 0.7)])[0].sum(1) for p in (ppo, sft)
     ]
@@ -2382,7 +2387,7 @@ def test_evaluation_columns_belong_to_their_models():
     seen, report = [], impl.report
     folder = finished_run()
     test = workshop() / "test posts.jsonl"
-    impl.write_records(test, [post._asdict() for post in toy_posts(90)[72:]])
+    impl.write_records(test, [post.fields() for post in toy_posts(90)[72:]])
     config = tiny_config("columns", stages=("evaluate",), from_run=folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -2392,7 +2397,7 @@ def test_evaluation_columns_belong_to_their_models():
         )
         impl.start(replace(config, data=replace(config.data, test=test)))
     posts, texts = seen[0]
-    assert posts == toy_posts(90)[72:]
+    assert [post.fields() for post in posts] == [post.fields() for post in toy_posts(90)[72:]]
     codec = impl.Codec(impl.load_tokenizer(folder / "sft"), config.data)
     for name in ("sft", "ppo"):
         policy = impl.load_policy(folder / name)
@@ -2518,15 +2523,24 @@ def test_the_report_names_the_winner_at_each_temperature():
 
     writers = {"author": 0.9, "SFT T=0.01": 0.1, "SFT T=0.7": 0.5, "PPO T=0.01": 0.2, "PPO T=0.7": 0.4}
     run = impl.Run(tiny_config("report", stages=("evaluate",)))
-    for by_labeler in (True, False):
-        texts = {writer: [post.summary for post in posts] for writer in writers}
-        impl.report(run, posts, texts, {writer: marks(x) for writer, x in writers.items()}, by_labeler)
+    for judge in ("the labeler that made the preferences", "rules:better"):
+        texts = {writer: [f"{writer} on {post.title}" for post in posts] for writer in writers}
+
+        def prefer(a: str, b: str):
+            return numpy.full(40, float(writers[a] > writers[b]))
+
+        impl.report(run, posts, texts, {writer: marks(x) for writer, x in writers.items()}, prefer, judge)
         record = json.loads((run.folder / "eval.json").read_text())
         rates = {pair: figures["win rate"][0] for pair, figures in record["comparisons"].items()}
         assert rates["PPO T=0.01 against SFT T=0.01"] == 1 and rates["PPO T=0.7 against SFT T=0.7"] == 0
         words = record["verdict"]
         assert "PPO at T=0.01 is preferred" in words and "at T=0.7 it is worse" in words
-        assert ("the labeler that made the preferences" in words) == by_labeler
+        assert f"By {judge}, PPO" in words and record["judge"] == judge
+        lines = [json.loads(line) for line in (run.folder / "eval.jsonl").read_text().splitlines()]
+        assert [line["summaries"] for line in lines] == [
+            {writer: summaries[i] for writer, summaries in texts.items()} for i in range(40)
+        ]
+        assert [{**line, "summaries": 0} for line in lines] == [{**post.fields(), "summaries": 0} for post in posts]
 
 
 @law(
@@ -2572,10 +2586,13 @@ def test_reward_accuracies_are_shares_of_pairs():
     rejected = impl.Batch(rejected.queries[:-1] + chosen.queries[-1:], rejected.responses[:-1] + chosen.responses[-1:])
     better, worse = (impl.scores_of(model, batch, engine()).tolist() for batch in (chosen, rejected))
     right = [0.5 if a == b else float(a > b) for a, b in zip(better, worse)]
-    kinds = ["x", "y", "x", "y", "x"]
-    expected = {"all": sum(right) / 5, "x": sum(right[::2]) / 3, "y": sum(right[1::2]) / 2}
+    kinds = [("x", "sure"), ("y",), ("x",), ("y", "sure"), ("x",)]
+    expected = {"all": right, "x": right[::2], "y": right[1::2], "sure": [right[0], right[3]]}
     result = impl.reward_accuracies(model, (chosen, rejected, kinds), engine())
-    assert result == pytest.approx(expected) and right[-1] == 0.5
+    assert {kind: pairs for kind, (_, pairs) in result.items()} == {k: len(x) for k, x in expected.items()}
+    for kind, rights in expected.items():
+        assert result[kind][0] == pytest.approx(sum(rights) / len(rights))
+    assert right[-1] == 0.5
 
 
 @law(
@@ -2643,7 +2660,7 @@ def test_ppo_converges_to_the_closed_form_optimum():
     codec = SimpleNamespace(queries=lambda posts: [[1, 2]] * len(posts), eos_id=4, text=str, tokenizer=None)
     logged: list[dict] = []
     run = SimpleNamespace(
-        config=config, engine=engine(256), sft_model=None, codec=lambda folder: codec, posts=lambda split: toy_posts(8),
+        config=config, engine=engine(256), sft_model=None, codec=lambda folder: codec, posts=lambda split, codec: toy_posts(8),
         steps=lambda title, n: range(n), log=logged.append, new=Path, say=lambda text: None,
     )  # fmt: skip
     one_token = impl.noise
@@ -2917,7 +2934,9 @@ def test_the_choice_is_the_chosen_text():
         }  # fmt: skip
         parsed = impl.parse_comparison(record)
         assert (parsed.chosen, parsed.rejected) == (("first", "second") if choice == 0 else ("second", "first"))
-        assert parsed.kind == "ref vs sup1"
+        assert parsed.kinds == ("ref vs sup1",)
+        parsed = impl.parse_comparison({**record, "batch": "batch9", "extra": {"confidence": 8}})
+        assert parsed.kinds == ("ref vs sup1", "batch9", "confidence 8")
 
 
 @law(
@@ -2949,7 +2968,7 @@ def test_shown_samples_belong_to_their_models():
 def test_the_verdict_claims_no_more_than_its_intervals():
     def judge(win: float, margin: float, rouge: float, half: float = 0.04) -> str:
         figures = {"win rate": (0.5 + win, half), "margin gain": (margin, half), "rouge_l gain": (rouge, half)}
-        return impl.verdict(figures, figures, "T=0.01", "T=0.7", True)
+        return impl.verdict(figures, figures, "T=0.01", "T=0.7", "a judge")
 
     assert "is preferred to" in judge(0.05, 0, 0) and "cannot be told from" in judge(0.03, 0, 0)
     assert "is worse than" in judge(-0.05, 0, 0) and "cannot be told from" in judge(-0.03, 0, 0)
@@ -2965,9 +2984,13 @@ def test_the_verdict_claims_no_more_than_its_intervals():
         "rouge_l": [1.0, 0.0, 0.0, 0.0],
     }
     theirs = {"labeler": [0.0, 2.0, 4.0, 0.0], "labeler, other post": [0.0] * 4, "rouge_l": [0.0] * 4}
-    figures = impl.compare_marks(*({k: numpy.array(v) for k, v in marks.items()} for marks in (ours, theirs)))
+    ours, theirs = ({k: numpy.array(v) for k, v in {**m, "score": [0, 0, 0, 2]}.items()} for m in (ours, theirs))
+    theirs["score"] = theirs["score"] - 1
+    wins = impl.scored_higher(ours["labeler"], theirs["labeler"])
+    assert wins.tolist() == [1, 0.5, 0, 0.5]
+    figures = impl.compare_marks(ours, theirs, wins)
     means = {name: mean for name, (mean, _) in figures.items()}
-    assert means == {"win rate": 0.5, "margin gain": -0.25, "rouge_l gain": 0.25}
+    assert means == {"win rate": 0.5, "margin gain": -0.25, "rouge_l gain": 0.25, "score gain": 1.0}
     assert figures["rouge_l gain"][1] == pytest.approx(1.96 * math.sqrt(3) / 4 / 2)
 
 
@@ -3290,7 +3313,7 @@ MUTANTS = [
     Mutant("SFT ends at half its learning rate", "test_logged_learning_rates_follow_their_schedules", "schedule(step / len(steps))", "schedule(step / (2 * len(steps)))"),
     Mutant("the reward model's rate does not fall", "test_logged_learning_rates_follow_their_schedules", "warmup(step, len(steps)) * cosine(step / len(steps))", "warmup(step, len(steps))"),
     Mutant("test posts are trained on", "test_the_splits_of_the_corpus_share_no_file", "posts += unused.pop()", "posts += unused.pop() if len(posts) + 10 < (size or 10**9) else unused[-1]"),
-    Mutant("win rates are the loser's", "test_the_report_names_the_winner_at_each_temperature", "compare_marks(marks[a], marks[b])", "compare_marks(marks[b], marks[a])"),
+    Mutant("win rates are the loser's", "test_the_report_names_the_winner_at_each_temperature", "compare_marks(marks[a], marks[b], prefer(a, b))", "compare_marks(marks[a], marks[b], prefer(b, a))"),
     Mutant("the verdict exchanges the temperatures", "test_the_report_names_the_winner_at_each_temperature", "for t in (cold, warm)), cold, warm", "for t in (warm, cold)), cold, warm"),
     # whole runs
     Mutant("the learning rate stays up", "test_a_run_logs_finite_numbers_and_ratio_one", "set_lr(optimizer, 1 - update / config.num_updates)", "set_lr(optimizer, 1.0)"),
