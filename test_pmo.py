@@ -2103,8 +2103,8 @@ def toy_files() -> tuple[Path, Path]:
     train, valid = workshop() / "train.jsonl", workshop() / "valid.jsonl"
     if not train.exists():
         posts = toy_posts(72)
-        impl.write_records(train, [post._asdict() for post in posts[:60]])
-        impl.write_records(valid, [post._asdict() for post in posts[60:]])
+        impl.write_records(train, [post.fields() for post in posts[:60]])
+        impl.write_records(valid, [post.fields() for post in posts[60:]])
     return train, valid
 
 
@@ -2596,6 +2596,403 @@ def test_reward_accuracies_are_shares_of_pairs():
 
 
 @law(
+    "the labeler's score is the TF-IDF cosine of its docstring, with the title counted twice",
+    "README: the labeler; Salton & Buckley 1988, for TF-IDF", "Labeler", "Post",
+)  # fmt: skip
+def test_the_labelers_score_is_the_cosine_it_says():
+    words = "amber birch cedar daisy elder".split()
+    posts = [impl.Post("r", words[i % 5], f"{words[i % 4]} {words[i % 3]}", "-") for i in range(40)]
+    posts += [impl.Post("r", f"filler{chr(97 + i % 26)}", "nothing here", "-") for i in range(300)]
+    labeler, post = impl.Labeler(posts), impl.Post("r", "cedar", "amber amber elder", "-")
+    df = {w: sum(w in f"{p.title} {p.post}".split() for p in posts) for w in words}
+
+    def unit(text: str) -> dict[str, float]:
+        raw = {
+            w: (1 + math.log(n)) * max(0.0, math.log(0.1 * (len(posts) + 1) / (df[w] + 1)))
+            for w, n in Counter(text.split()).items()
+        }
+        return {w: x / math.sqrt(sum(y * y for y in raw.values())) for w, x in raw.items()}
+
+    for summary in ("amber elder elder elder", "cedar", "daisy cedar amber"):
+        one, two = unit("cedar cedar amber amber elder"), unit(summary)
+        expected = sum(x * one.get(w, 0.0) for w, x in two.items())
+        assert 0.1 < expected and labeler.score(post, summary) == pytest.approx(expected)
+
+
+@law(
+    "comparisons are the labeler's best of all samples against its worst, drawn at the PPO temperature",
+    "README: the labeler", *RUN_NEEDS, "compare", "sample", "Labeler", "Codec",
+)  # fmt: skip
+def test_comparisons_are_best_against_worst_at_ppos_temperature():
+    drawn, sample = [], impl.sample
+
+    def remember(policy, queries, uniforms, temperature, *rest):
+        drawn.append((queries, temperature, sample(policy, queries, uniforms, temperature, *rest)))
+        return drawn[-1][2]
+
+    config = tiny_config("best and worst", stages=("compare",), from_run=finished_run())
+    config = replace(config, compare=impl.Compare(samples=3), ppo=replace(config.ppo, temperature=1.3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "sample", remember)
+        impl.start(config)
+    run = impl.Run(replace(config, name="best and worst again"))
+    codec, labeler, posts = run.codec(finished_run() / "sft"), impl.Labeler(toy_posts(60)), toy_posts(60)
+    assert len(drawn) == 6 and {temperature for _, temperature, _ in drawn} == {1.3}
+    drafts: dict[tuple, list[str]] = {}
+    for queries, _, responses in drawn[:3]:
+        for query, response in zip(queries, responses):
+            drafts.setdefault(tuple(query), []).append(codec.text(response))
+    path = workshop() / "runs" / "best and worst" / "data" / "comparisons_train.jsonl"
+    records = [r for r in impl.read_records(path, impl.parse_comparison)[0] if r.kinds == ("sft vs sft",)]
+    query_of = dict(zip((post.post for post in posts), codec.queries(posts)))
+    assert records
+    for record in records:
+        scores = [labeler.score(record.post, text) for text in drafts[tuple(query_of[record.post.post])]]
+        assert len(scores) == 3 and labeler.score(record.post, record.chosen) == max(scores)
+        assert labeler.score(record.post, record.rejected) == min(scores)
+
+
+@law(
+    "the warm-up asks for titles and trains on everything; SFT asks for summaries and weighs the prompt as told",
+    "D6; README: the warm-up", *RUN_NEEDS, "train_language_model",
+)  # fmt: skip
+def test_what_is_asked_for_in_pretraining_and_sft():
+    seen, train = {}, impl.train_language_model
+
+    def remember(run, stage, model, batch, config, prompt_weight, schedule):
+        seen[stage] = (batch, prompt_weight, [schedule(x) for x in (0.0, 0.5)])
+        return train(run, stage, model, batch, config, prompt_weight, schedule)
+
+    config = tiny_config("asked", stages=("pretrain", "sft"), sft=impl.SFT(epochs=0.2, prompt_weight=0.25))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "train_language_model", remember)
+        impl.start(replace(config, pretrain=replace(config.pretrain, epochs=0.2)))
+    posts, folder = toy_posts(60), workshop() / "runs" / "asked"
+    codec = impl.Codec(impl.load_tokenizer(folder / "base"), config.data)
+    for stage, texts, weight, schedule in (
+        ("pretrain", [p.title for p in posts], 1.0, [1.0, 1.0]),
+        ("sft", [p.summary for p in posts], 0.25, [1.0, 0.5]),
+    ):
+        batch, prompt_weight, factors = seen[stage]
+        assert batch.queries == codec.queries(posts) and batch.responses == codec.responses(texts)
+        assert prompt_weight == weight and factors == pytest.approx(schedule)
+
+
+@law(
+    "logged held-out figures are the saved models' on validation posts: SFT's loss, its loss with summaries exchanged, the "
+    "reward model's accuracy",
+    "D8; a shuffled-post control shows whether a summarizer summarizes", *RUN_NEEDS, "Run",
+)  # fmt: skip
+def test_held_out_figures_are_the_saved_models():
+    folder = finished_run()
+    run = impl.Run(tiny_config("figures", from_run=folder))
+    codec = run.codec(folder / "sft")
+    valid, logged = (
+        run.examples("valid", codec),
+        {k: v for r in metrics_of(folder) for k, v in r.items() if "valid" in k},
+    )
+    assert len(valid) == 12
+    exchanged = impl.Batch(valid.queries, valid.responses[6:] + valid.responses[:6])
+    policy = impl.load_policy(folder / "sft")
+    for batch, name in ((valid, "valid/loss"), (exchanged, "valid/loss_other_post")):
+        (logprobs,) = impl.map_rows(batch, engine(), lambda x: [impl.response_logprobs(policy, x, 1.0)])
+        assert logged[name] == pytest.approx(-logprobs.sum().item() / sum(map(len, batch.responses)), rel=1e-4)
+    chosen, rejected, _ = run.pairs("valid", codec)
+    model = impl.ScalarModel.load(folder / "reward")
+    better, worse = (impl.scores_of(model, batch, engine()) for batch in (chosen, rejected))
+    assert logged["valid/accuracy all"] == pytest.approx(
+        ((better > worse).float() + (better == worse) / 2).mean().item()
+    )
+
+
+@law(
+    "an example fits up to and including the limit; a pair fits when both its texts do, and keeps its kinds",
+    "D4: never cut, but left out and counted", *RUN_NEEDS, "Run",
+)  # fmt: skip
+def test_what_fits_is_kept_whole():
+    posts, folder = toy_posts(60), finished_run()
+    long = "Somebody likes cats a lot, and then somebody likes cats a lot once more."
+    pairs = [("short", long, "a"), (long, "short", "b"), ("one", "two", "c"), (long, long, "d"), ("x", "y", "e")]
+    records = [
+        {"info": posts[0].fields(), "summaries": [{"text": x}, {"text": y}], "choice": 0, "batch": batch}
+        for x, y, batch in pairs
+    ]
+    path = workshop() / "long pairs.jsonl"
+    impl.write_records(path, records)
+    config = tiny_config("fits", from_run=folder)
+    codec, train = impl.Codec(impl.load_tokenizer(folder / "sft"), config.data), workshop() / "one longer.jsonl"
+    posts[7] = posts[7]._replace(summary="Somebody likes roses a lot, today.")
+    impl.write_records(train, [post.fields() for post in posts])
+    longest = max(len(response) for response in codec.responses([post.summary for post in posts]))
+    short = len(codec.responses(["short"])[0])
+    for limit, kept in ((longest, 60), (longest - 1, 59)):
+        data = replace(
+            config.data,
+            train=train,
+            response_tokens=limit,
+            comparison_tokens=short + 2,
+            comparisons_train=path,
+            comparisons_valid=path,
+        )
+        run = impl.Run(replace(config, name=f"fits {limit}", data=data))
+        examples = run.examples("train", codec)
+        assert len(examples) == kept and max(map(len, examples.responses)) <= limit
+        chosen, rejected, kinds = run.pairs("train", codec)
+        assert [kind[-1] for kind in kinds] == ["c", "e"] and len(run.said) >= 1
+        assert [codec.text(r) for r in chosen.responses] == ["one", "x"]
+        assert [codec.text(r) for r in rejected.responses] == ["two", "y"]
+
+
+@law(
+    "the evaluation's labeler has its document frequencies from the training posts",
+    "held-out posts must not change the judge", *RUN_NEEDS, "Labeler",
+)  # fmt: skip
+def test_the_labeler_reads_training_posts_only():
+    read, labeler = [], impl.Labeler
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "Labeler", lambda posts: read.append(posts) or labeler(posts))
+        impl.start(tiny_config("frequencies", stages=("compare", "ppo", "evaluate"), from_run=finished_run()))
+    assert len(read) == 3
+    for posts in read:
+        assert [post.fields() for post in posts] == [post.fields() for post in toy_posts(60)]
+
+
+@law(
+    "a value head on the policy's trunk trains that trunk; a value model of its own does not",
+    "D10", *ENGINE_NEEDS, "logits_and_values", "ValueHead",
+)  # fmt: skip
+def test_only_a_shared_value_head_trains_the_policy():
+    layout = impl.lay_out(some_batch())
+    for shared in (True, False):
+        policy, value_model = tiny_policy("neox"), impl.ValueHead(16) if shared else tiny_scalar("neox", 1)
+        if shared:
+            torch.nn.init.constant_(value_model.linear.weight, 0.1)
+        impl.logits_and_values(policy, value_model, layout)[1].sum().backward()
+        moved = [p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters()]
+        assert any(moved) == shared
+
+
+@law(
+    "the reward model's logged accuracy and margin are those of the chosen over the rejected",
+    "D8", *ENGINE_NEEDS, "reward_losses", "scores_of",
+)  # fmt: skip
+def test_the_reward_models_margin_is_chosen_minus_rejected():
+    model, chosen, rejected = tiny_scalar("neox"), some_batch(), some_batch(seed=1)
+    better, worse = (impl.scores_of(model, batch, engine()) for batch in (chosen, rejected))
+    shares = [impl.reward_losses(model, chosen, rejected, 5, engine(), rows) for rows in ([0, 1, 2], [3, 4])]
+    close(shares[0]["margin"] + shares[1]["margin"], (better - worse).mean(), tolerance=1e-5)
+    close(shares[0]["accuracy"] + shares[1]["accuracy"], (better > worse).float().mean())
+    assert (better > worse).float().mean() != 0.5
+
+
+@law(
+    "a model needs positions for the longest query with the longest response or comparison",
+    "absolute positions end", "check_room", "Data",
+)  # fmt: skip
+def test_room_is_needed_for_responses_and_comparisons():
+    model = tiny_policy("gpt2")  # 64 positions
+    impl.check_room(model, impl.Data(query_tokens=40, response_tokens=24, comparison_tokens=24))
+    for response, comparison in ((25, 2), (2, 25)):
+        data = impl.Data(query_tokens=40, response_tokens=response, comparison_tokens=comparison)
+        message = config_error(lambda data=data: impl.check_room(model, data))
+        assert "40" in message and "25" in message and "64" in message
+
+
+# rules, judges, data as users have it
+
+
+def rules() -> Path:
+    """A module of a user's own, in the working directory of these tests."""
+    path = workshop() / "toy_rules.py"
+    path.write_text(
+        "seen = []\n"
+        "def names_it(post, response, record):\n"
+        "    seen.append((post, response, record))\n"
+        "    return float(record.get('thing', '?') in response)\n"
+        "def broken(post, response, record):\n"
+        "    return None\n"
+        "def prefers_the_first(post, a, b):\n"
+        "    return 1\n"
+        "def prefers_the_longer(post, a, b):\n"
+        "    return 0.5 if len(a) == len(b) else float(len(a) > len(b))\n"
+    )
+    return path
+
+
+@law(
+    "a rule in place of the reward model is asked about each response with its own post and record, and is all that is "
+    "trained on: no comparisons, no reward model, values that start at 0",
+    "[7] section 6: verifiable rewards", *RUN_NEEDS, "load_models", "outcome_scores",
+)  # fmt: skip
+def test_a_rule_replaces_the_reward_model():
+    folder, train = rules().parent, workshop() / "things.jsonl"
+    posts = toy_posts(72)
+    impl.write_records(train, [post.fields() | {"thing": post.title.split()[1]} for post in posts])
+    config = tiny_config("unused")
+    data = replace(config.data, train=train, valid=train)
+    rollouts, roll_out = [], impl.roll_out
+
+    def remember(*args):
+        rollouts.append(roll_out(*args))
+        return rollouts[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delitem(sys.modules, "toy_rules", raising=False)
+        patch.setattr(impl, "roll_out", remember)
+        whole = finished_run("rule", data=data, ppo=replace(config.ppo, reward_function="toy_rules:names_it"))
+        seen = sys.modules["toy_rules"].seen
+        codec = impl.Codec(impl.load_tokenizer(whole / "sft"), data)
+        queries_of = dict(zip((post.post for post in posts), codec.queries(posts)))
+        for post, _, record in seen:
+            assert record["post"] == post and record.get("thing", "?") in post
+        paid = [record["objective/scores"] for record in metrics_of(whole) if record["stage"] == "ppo"]
+        missing = [16 - record["val/num_eos_tokens"] for record in metrics_of(whole) if record["stage"] == "ppo"]
+        for update, score in enumerate(paid):
+            batch = [float(r["thing"] in text) for _, text, r in seen][:16]
+            asked = [queries_of[post] for post, _, _ in seen[:16]]
+            assert asked == rollouts[update].batch.queries and [text for _, text, _ in seen[:16]] == [
+                codec.text(response) for response in rollouts[update].batch.responses
+            ]
+            assert missing[update] or score == pytest.approx(sum(batch) / 16)
+            seen = seen[16 + 3 * (update % 2 == 0) :]  # a shown sample asks about three texts
+        stages = {record["stage"] for record in metrics_of(whole)}
+        assert not stages & {"compare", "reward"} and not (whole / "reward").exists()
+        evaluation = json.loads((whole / "eval.json").read_text())
+        assert 0 <= evaluation["means"]["PPO T=0.7"]["score"] <= 1
+        config = tiny_config("rule again", stages=("ppo",), from_run=whole, data=data)
+        config = replace(config, ppo=replace(config.ppo, reward_function="toy_rules:names_it"))
+        models = impl.load_models(impl.Run(config))
+        assert (models.value_model(impl.lay_out(some_batch())) == 0).all()
+        assert models.value_model.bias.requires_grad and models.value_model.classifier.score.weight.requires_grad
+        for function, culprit in (("broken", "returned None"), ("absent", "absent"), (None, "module:function")):
+            place = f"toy_rules:{function}" if function else "toy_rules"
+            config = replace(config, name=f"rule {function}", ppo=replace(config.ppo, reward_function=place))
+            assert culprit in config_error(lambda: impl.start(config))
+    assert "--reward-model" in config_error(
+        lambda: impl.Config(reward_model="x", ppo=impl.PPO(reward_function="toy_rules:names_it"))
+    )
+
+
+@law(
+    "a judge is asked in both orders, so that a liking for what stands first cancels out",
+    "D24; position bias: Zheng et al. 2023, arXiv 2306.05685", *RUN_NEEDS, "votes",
+)  # fmt: skip
+def test_judges_are_asked_in_both_orders():
+    posts, a, b = toy_posts(4), ["long text", "x", "same", "as"], ["y", "longer", "more", "as"]
+    rules()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workshop())
+        patch.delitem(sys.modules, "toy_rules", raising=False)
+        impl.load_function("--evaluate.judge", "toy_rules:prefers_the_first")
+        module = sys.modules["toy_rules"]
+        assert impl.votes(module.prefers_the_first, posts, a, b).tolist() == [0.5] * 4
+        assert impl.votes(module.prefers_the_longer, posts, a, b).tolist() == [1, 0, 0.5, 0.5]
+        assert "0.7" in config_error(lambda: impl.votes(lambda post, a, b: 0.7, posts, a, b))
+        asked = []
+        impl.votes(lambda post, a, b: asked.append((post, a, b)) or 1, posts[:1], a, b)
+        assert asked == [(posts[0].post, "long text", "y"), (posts[0].post, "y", "long text")]
+        rates = {}
+        judges = ("labeler", "reward", str(finished_run() / "reward"), "toy_rules:prefers_the_longer")
+        for i, judge in enumerate(judges):
+            config = tiny_config(f"judge {i}", stages=("evaluate",), from_run=finished_run())
+            impl.start(replace(config, evaluate=replace(config.evaluate, judge=judge)))
+            result = json.loads((workshop() / "runs" / f"judge {i}" / "eval.json").read_text())
+            rates[judge] = [figures["win rate"][0] for figures in result["comparisons"].values()]
+            lines = (workshop() / "runs" / f"judge {i}" / "eval.jsonl").read_text().splitlines()
+        assert "the labeler that made" in json.loads((finished_run() / "eval.json").read_text())["judge"]
+        assert rates["reward"] == rates[judges[2]] != rates["labeler"]
+        written = [json.loads(line)["summaries"] for line in lines]
+        longer = [
+            0.5 if len(w[x]) == len(w[y]) else float(len(w[x]) > len(w[y]))
+            for w in written for x, y in [("PPO T=0.7", "SFT T=0.7")]
+        ]  # fmt: skip
+        assert rates[judges[3]][1] == pytest.approx(sum(longer) / len(longer))
+        config = replace(tiny_config("no judge"), evaluate=replace(config.evaluate, judge="toy_rules:nobody"))
+        assert "nobody" in config_error(lambda: impl.Run(config))
+
+
+@law(
+    "a title that leaves no room for a post counts as an unusable record, with file and line",
+    "nothing is dropped silently", *RUN_NEEDS, "Run", "Codec",
+)  # fmt: skip
+def test_titles_too_long_are_counted_with_file_and_line():
+    path, posts = workshop() / "titles.jsonl", toy_posts(200)
+    codec = impl.Codec(tiny_tokenizer(), impl.Data(query_tokens=60))
+    for unusable in (2, 3):
+        for i in range(unusable):
+            posts[7 + i] = posts[7 + i]._replace(title="a title that goes on and on " * 20)
+        impl.write_records(path, [post.fields() for post in posts])
+        config = tiny_config(f"titles {unusable}")
+        run = impl.Run(replace(config, data=replace(config.data, train=path, valid=path)))
+        assert len(run.posts("train")) == 200
+        if unusable == 2:
+            left = run.posts("train", codec)
+            assert [post.fields() for post in left] == [post.fields() for post in posts[:7] + posts[9:]]
+            (said,) = run.said
+            assert "2 of 200 records" in said and "line 8: template and title take" in said and str(path) in said
+        else:
+            message = config_error(lambda: run.posts("train", codec))
+            assert str(path) in message and "line 8" in message and "--data.query-tokens is 60" in message
+
+
+@law(
+    "any decoder of transformers: whatever it does to its logits, and however it counts positions, log-probabilities are "
+    "those of the whole model on one row alone, samples do not depend on the batch, and saved scores are the same",
+    "D3, D5, D9", *ENGINE_NEEDS, "ScalarModel", "sample", "save_model",
+)  # fmt: skip
+def test_any_decoder_will_do():
+    import tempfile
+
+    import transformers as hf
+
+    sizes = {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "intermediate_size": 48, "max_position_embeddings": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
+        "ffn_dim": 48, "word_embed_proj_dim": 32, "sliding_window": 4, "num_local_experts": 2, "vocab_size": 40,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    batch = some_batch()
+    # scaled or capped logits: gemma2, cohere, granite; ALiBi: bloom; learned positions with an offset: opt;
+    # sliding windows: mistral, gemma2; experts: mixtral; partial rotary: phi
+    for family in "gemma2 cohere granite bloom opt mistral mixtral phi qwen3 smollm3".split():
+        config = hf.CONFIG_MAPPING[family]()
+        config = type(config)(**{name: size for name, size in sizes.items() if hasattr(config, name)})
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            policy = hf.AutoModelForCausalLM.from_config(config).eval()
+            for parameter in policy.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=0.3)
+            (logprobs,) = impl.map_rows(batch, engine(2), lambda x, p=policy: [impl.response_logprobs(p, x, 0.7)])
+            for i, (query, response) in enumerate(zip(batch.queries, batch.responses)):
+                logits = policy(input_ids=torch.tensor([query + response])).logits[0, len(query) - 1 : -1]
+                expected = (logits / 0.7).log_softmax(-1)[range(len(response)), response]
+                close(logprobs[i, : len(response)], expected, tolerance=1e-5)
+        numbers = uniforms(len(batch), 8)
+        together = impl.sample(policy, batch.queries, numbers, 0.7, 2, engine())
+        alone = [impl.sample(policy, [q], numbers[[i]], 0.7, 2, engine())[0] for i, q in enumerate(batch.queries)]
+        assert together == alone, f"{family}: samples depend on the batch"
+        with tempfile.TemporaryDirectory() as folder:
+            policy.save_pretrained(folder)
+            if family in ("cohere", "granite"):  # transformers has no sequence classifier for these
+                assert "cannot load" in config_error(
+                    lambda f=folder: impl.ScalarModel.load(f, new_head=impl.rng(1, "h"))
+                )
+                continue
+            scalar = impl.ScalarModel.load(folder, new_head=impl.rng(1, "head"))
+            scalar.center(1.5)
+            scores = impl.scores_of(scalar, batch, engine())
+            tokenizer = tiny_tokenizer()
+            scalar.save(Path(folder) / "reward", tokenizer)
+            classifier = hf.AutoModelForSequenceClassification.from_pretrained(Path(folder) / "reward").eval()
+            for i, (query, response) in enumerate(zip(batch.queries, batch.responses)):
+                with torch.no_grad():
+                    logit = classifier(input_ids=torch.tensor([query + response])).logits[0, 0]
+                close(logit - classifier.config.score_offset, scores[i], tolerance=1e-5)
+
+
+@law(
     "a pretrained model of any family goes through every stage, also with a tokenizer whose pad is EOS, a vocabulary wider "
     "than the tokenizer, and a checkpoint in bfloat16",
     "README: your own data and models", *RUN_NEEDS, "train_tokenizer",
@@ -2605,7 +3002,7 @@ def test_every_model_family_goes_through_every_stage():
 
     posts, comparisons = toy_posts(60), workshop() / "comparisons.jsonl"
     pairs = [
-        {"info": p._asdict(), "summaries": [{"text": p.summary}, {"text": q.summary}]}
+        {"info": p.fields(), "summaries": [{"text": p.summary}, {"text": q.summary}]}
         for p, q in itertools.pairwise(posts)
     ]
     impl.write_records(comparisons, [pair | {"choice": 0} for pair in pairs])
@@ -2827,6 +3224,56 @@ def test_bad_input_gives_one_line_and_exit_code_2():
 
 
 @law(
+    "run_tldr.sh takes a tiny model and tiny files through the paper's stages, and puts no incomplete download in place",
+    "README: run_tldr.sh", *PROGRAM,
+)  # fmt: skip
+def test_the_papers_script_runs_end_to_end():
+    import shutil
+
+    script = Path(impl.__file__).resolve().parent / "run_tldr.sh"
+    if not script.exists() or not shutil.which("bash"):
+        pytest.skip("missing: run_tldr.sh lies beside pmo.py, and needs bash")
+    data, (train, valid) = workshop() / "tldr data", toy_files()
+    data.mkdir()
+    pairs = [
+        {"info": p.fields(), "summaries": [{"text": p.summary}, {"text": q.summary}], "choice": 0}
+        for p, q in itertools.pairwise(toy_posts(60))
+    ]
+    for name, source in (("train", train), ("valid", valid), ("test", valid)):
+        shutil.copy(source, data / f"{name}.jsonl")
+    for split in ("train", "valid"):
+        impl.write_records(data / f"comparisons_{split}.jsonl", pairs)
+    variables = os.environ | {
+        "DATA": str(data), "MODEL": str(finished_run() / "base"), "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1",
+        "SOURCE": f"file://{workshop()}/mirror",
+    }  # fmt: skip
+    flags = [
+        "--out", workshop() / "runs", "--name", "tldr", "--sft.batch-size", 8, "--reward.batch-size", 8,
+        "--ppo.total-episodes", 16, "--ppo.batch-size", 8,
+    ]  # fmt: skip
+    command = ["bash", script, *map(str, flags)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=variables, cwd=workshop())
+    assert result.returncode == 0, result.stderr
+    assert "What one GPU needs" in result.stdout and (workshop() / "runs" / "tldr" / "eval.json").exists()
+    config = json.loads((workshop() / "runs" / "tldr" / "config.json").read_text())["config"]
+    assert (
+        config["ppo"]["kl_coef"] == 0.05 and config["ppo"]["num_ppo_epochs"] == 4 and config["ppo"]["batch_size"] == 8
+    )
+    if not shutil.which("curl"):
+        return
+    (data / "test.jsonl").unlink()
+    mirror = workshop() / "mirror" / "datasets" / "tldr_3_filtered"
+    for place, culprit in ((None, "cannot load"), (mirror, "has 12 records, should have 6553")):
+        if place:
+            place.mkdir(parents=True)
+            shutil.copy(valid, place / "test.jsonl")
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=variables, cwd=workshop())
+        assert result.returncode == 2 and culprit in result.stderr, result.stderr
+        assert not (data / "test.jsonl").exists()
+    assert (data / "test.jsonl.part").exists(), "a partial file stays, to go on from"
+
+
+@law(
     "runs never share a folder: without a name they get the next free one, with a taken name they do not start",
     "README: files of a run", "fresh_folder",
 )  # fmt: skip
@@ -2863,7 +3310,7 @@ def test_any_record_is_parsed_or_refused(base, field, value):
     except impl.InputError as error:
         assert "field '" in str(error) or "one of the two texts is empty" in str(error)
     else:
-        assert result is None or all(isinstance(x, (str, tuple)) for x in result)
+        assert result is None or all(isinstance(x, (str, tuple)) for x in result[:4])
 
 
 HUB_POST = "SUBREDDIT: r/cats\n\nTITLE: b\n\nPOST: c\n\nwith TL;DR: in it\n\nTL;DR:"
@@ -2875,16 +3322,18 @@ HUB_POST = "SUBREDDIT: r/cats\n\nTITLE: b\n\nPOST: c\n\nwith TL;DR: in it\n\nTL;
 )  # fmt: skip
 def test_both_forms_of_the_data_are_read():
     post = impl.Post("cats", "b", "c\n\nwith TL;DR: in it", "d")
-    assert impl.parse_post(post._asdict()) == post
-    assert impl.parse_post({"prompt": HUB_POST, "completion": "d<|endoftext|>"}) == post
-    openai = {"info": post._asdict(), "summaries": [{"text": "x"}, {"text": "y"}], "choice": 1}
+    for record in (post.fields() | {"id": "t3"}, {"prompt": HUB_POST, "completion": "d<|endoftext|>"}):
+        assert impl.parse_post(record) == post._replace(record=record)
+    openai = {"info": post.fields(), "summaries": [{"text": "x"}, {"text": "y"}], "choice": 1}
     hub = {"prompt": HUB_POST, "chosen": "y", "rejected": "x"}
-    assert impl.parse_comparison(openai)[:3] == impl.parse_comparison(hub)[:3] == (post._replace(summary=""), "y", "x")
+    for parsed in map(impl.parse_comparison, (openai, hub)):
+        assert parsed.post.fields() == post._replace(summary="").fields()
+        assert (parsed.chosen, parsed.rejected) == ("y", "x")
     assert impl.parse_comparison(openai | {"info": {"id": "1", "article": "text", "title": "t"}}) is None
     with pytest.raises(impl.InputError, match="empty"):
         impl.parse_comparison(hub | {"chosen": " "})
     with pytest.raises(impl.InputError, match="Unicode"):
-        impl.parse_post(post._replace(title="\ud800")._asdict())
+        impl.parse_post(post._replace(title="\ud800").fields())
 
 
 @law(
@@ -3283,7 +3732,7 @@ MUTANTS = [
     Mutant("KL is charged twice", "test_rewards_follow_the_flags", 'config.kl_coef if config.kl_in == "reward" else 0.0', "config.kl_coef"),
     Mutant("reward whitening shifts the mean", "test_rewards_follow_the_flags", "whiten(rewards, rollout.mask, shift_mean=False)", "whiten(rewards, rollout.mask)"),
     Mutant("KL in the loss is k1", "test_kl_in_the_loss_adds_its_price", '("k1" if self.kl_in == "reward" else "k2")', '"k1"'),
-    Mutant("the reference is the policy", "test_rollout_holds_what_each_model_said", "response_logprobs(models.ref_policy, layout, temperature)\n        return", "response_logprobs(models.policy, layout, temperature)\n        return"),
+    Mutant("the reference is the policy", "test_rollout_holds_what_each_model_said", "return [response_logprobs(models.ref_policy, layout, temperature)]", "return [response_logprobs(models.policy, layout, temperature)]"),
     Mutant("old log-probabilities are at temperature 1", "test_ratio_is_one_before_the_first_step", "return [logprobs_of(logits, layout.responses, temperature), entropy", "return [logprobs_of(logits, layout.responses, 1.0), entropy"),
     Mutant("rollouts keep numbers in padding", "test_rollout_holds_what_each_model_said", "part.masked_fill(~layout.mask, 0)", "part"),
     Mutant("objective/kl is a token mean", "test_rollout_statistics_are_what_their_names_say", "kl = (rollout.logprobs - rollout.ref_logprobs).sum(1).mean()", "kl = (rollout.logprobs - rollout.ref_logprobs).mean()"),
@@ -3300,9 +3749,9 @@ MUTANTS = [
     Mutant("SFT and PPO change columns", "test_evaluation_columns_belong_to_their_models", '(("SFT", sft_policy), ("PPO", ppo_policy))', '(("SFT", ppo_policy), ("PPO", sft_policy))'),
     Mutant("the validation posts are the test", "test_evaluation_columns_belong_to_their_models", '"test": data.test or data.valid', '"test": data.valid'),
     Mutant("an earlier run comes before this one", "test_a_runs_own_folder_comes_first", "(self.folder, self.config.from_run)", "(self.config.from_run, self.folder)"),
-    Mutant("BOS is forgotten", "test_bos_where_the_tokenizer_has_one", "queries = [start + query for query in encoded]", "queries = encoded"),
-    Mutant("accuracy is inverted", "test_reward_accuracies_are_shares_of_pairs", '"all": win_rate(better, worse)', '"all": win_rate(worse, better)'),
-    Mutant("every shown text has the author's score", "test_shown_samples_belong_to_their_models", "score = scores_of(models.reward_model, Batch(queries, responses),", 'score = scores_of(models.reward_model, Batch(queries, written["author"]),'),
+    Mutant("BOS is forgotten", "test_bos_where_the_tokenizer_has_one", "queries = [start + query for query in self.encode", "queries = [query for query in self.encode"),
+    Mutant("accuracy is inverted", "test_reward_accuracies_are_shares_of_pairs", "(win_rate(better[rows], worse[rows])", "(win_rate(worse[rows], better[rows])"),
+    Mutant("every shown text has the author's score", "test_shown_samples_belong_to_their_models", "run.engine, Batch(queries, responses)).item()", 'run.engine, Batch(queries, written["author"])).item()'),
     Mutant("shown texts change names", "test_shown_samples_belong_to_their_models", '(("sft", models.ref_policy), ("ppo", models.policy))', '(("sft", models.policy), ("ppo", models.ref_policy))'),
     Mutant("val/clipfrac compares a half with a whole", "test_ppo_loss_adds_up", "(2 * value_losses > (values", "(value_losses > (values"),
     Mutant("every update has the same noise", "test_every_update_sees_its_own_episodes", 'noise(seed, "episodes", episodes, T)', 'noise(seed, "episodes", range(config.batch_size), T)'),
@@ -3315,6 +3764,29 @@ MUTANTS = [
     Mutant("test posts are trained on", "test_the_splits_of_the_corpus_share_no_file", "posts += unused.pop()", "posts += unused.pop() if len(posts) + 10 < (size or 10**9) else unused[-1]"),
     Mutant("win rates are the loser's", "test_the_report_names_the_winner_at_each_temperature", "compare_marks(marks[a], marks[b], prefer(a, b))", "compare_marks(marks[a], marks[b], prefer(b, a))"),
     Mutant("the verdict exchanges the temperatures", "test_the_report_names_the_winner_at_each_temperature", "for t in (cold, warm)), cold, warm", "for t in (warm, cold)), cold, warm"),
+    Mutant("the title counts once", "test_the_labelers_score_is_the_cosine_it_says", 'f"{text.title} {text.title} {text.post}"', 'f"{text.title} {text.post}"'),
+    Mutant("term frequency is not damped", "test_the_labelers_score_is_the_cosine_it_says", "(1 + math.log(count)) * idf", "count * idf"),
+    Mutant("comparisons are drawn at temperature 1", "test_comparisons_are_best_against_worst_at_ppos_temperature", "uniforms, config.ppo.temperature, codec.eos_id, run.engine)", "uniforms, 1.0, codec.eos_id, run.engine)"),
+    Mutant("the best is compared with the second", "test_comparisons_are_best_against_worst_at_ppos_temperature", '("sft", ranked[0])', '("sft", ranked[-2])'),
+    Mutant("the warm-up asks for summaries", "test_what_is_asked_for_in_pretraining_and_sft", "codec.responses([post.title for post in posts])", "codec.responses([post.summary for post in posts])"),
+    Mutant("the warm-up ignores the prompt", "test_what_is_asked_for_in_pretraining_and_sft", "titles, config.pretrain, 1.0,", "titles, config.pretrain, 0.0,"),
+    Mutant("the control exchanges nothing", "test_held_out_figures_are_the_saved_models", "held_out_loss(model, valid.exchanged(), run.engine)", "held_out_loss(model, valid, run.engine)"),
+    Mutant("accuracy is measured on training pairs", "test_held_out_figures_are_the_saved_models", 'run.pairs("valid", codec)', 'run.pairs("train", codec)'),
+    Mutant("a pair fits when one text does", "test_what_fits_is_kept_whole", "longest = map(max,", "longest = map(min,"),
+    Mutant("kinds belong to other pairs", "test_what_fits_is_kept_whole", "[comparisons[i].kinds for i in rows]", "[comparison.kinds for comparison in comparisons]"),
+    Mutant("the longest summary is left out", "test_what_fits_is_kept_whole", "if len(response) <= limit]", "if len(response) < limit]"),
+    Mutant("the judge reads the test posts", "test_the_labeler_reads_training_posts_only", 'codec, Labeler(run.posts("train")), scorers', 'codec, Labeler(posts), scorers'),
+    Mutant("the shared head does not train the trunk", "test_only_a_shared_value_head_trains_the_policy", "value_model(hidden) if", "value_model(hidden.detach()) if"),
+    Mutant("the margin is rejected minus chosen", "test_the_reward_models_margin_is_chosen_minus_rejected", '"margin": (better - worse)', '"margin": (worse - better)'),
+    Mutant("comparisons need no room", "test_room_is_needed_for_responses_and_comparisons", "max(data.response_tokens, data.comparison_tokens)", "data.response_tokens"),
+    Mutant("a rule sees the post's fields only", "test_a_rule_replaces_the_reward_model", "scorer(post.post, text, post.record)", "scorer(post.post, text, post.fields())"),
+    Mutant("a rule judges another post's response", "test_a_rule_replaces_the_reward_model", "[posts[i] for i in picked], codec, engine)", "posts, codec, engine)"),
+    Mutant("the values of a rule start anywhere", "test_a_rule_replaces_the_reward_model", "        nn.init.zeros_(value_model.classifier.score.weight)\n", ""),
+    Mutant("a judge is asked once", "test_judges_are_asked_in_both_orders", "judge(post.post, two, one)", "1 - judge(post.post, one, two)"),
+    Mutant("the judge is always the labeler", "test_judges_are_asked_in_both_orders", '{"labeler": "labeler", "reward": "score"}.get(judge, "judge")', '"labeler"'),
+    Mutant("a long title is an error", "test_titles_too_long_are_counted_with_file_and_line", "                codec.check_title(post)\n            return post", "                pass\n            return post"),
+    Mutant("the head is called without its scaling", "test_any_decoder_will_do", "logits = policy(input_ids=layout.tokens, use_cache=False).logits\n    return logits, entered[0]", "policy(input_ids=layout.tokens, use_cache=False)\n    return policy.get_output_embeddings()(entered[0]), entered[0]"),
+    Mutant("the rollout's mask forgets EOS", "test_rollout_holds_what_each_model_said", "[len(response) for response in batch.responses], device=engine.device)", "[max(1, len(response) - 1) for response in batch.responses], device=engine.device)"),
     # whole runs
     Mutant("the learning rate stays up", "test_a_run_logs_finite_numbers_and_ratio_one", "set_lr(optimizer, 1 - update / config.num_updates)", "set_lr(optimizer, 1.0)"),
     Mutant("the reference learns with the policy", "test_frozen_models_stay_frozen", "policy, ref_policy = load_policy(run.sft_model), load_policy(run.sft_model).requires_grad_(False)", "policy = ref_policy = load_policy(run.sft_model)"),
