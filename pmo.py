@@ -62,7 +62,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -134,10 +134,10 @@ class Data:
         alone = (self.comparisons_train is None) != (self.comparisons_valid is None)
         refuse(alone, "--data.comparisons-train and --data.comparisons-valid need each other")
         require(self, "data", 2, "query_tokens", "response_tokens", "comparison_tokens")
-        fields = [field for _, field, *_ in Formatter().parse(self.query_format) if field is not None]
+        fields = [name for _, name, *_ in Formatter().parse(self.query_format) if name is not None]
         refuse("post" not in fields, "--data.query-format has no {post} in it")
-        for field in fields:
-            refuse(field not in ("subreddit", "title", "post"), f"--data.query-format: posts have no {{{field}}}")
+        for name in fields:
+            refuse(name not in ("subreddit", "title", "post"), f"--data.query-format: posts have no {{{name}}}")
 
 
 @dataclass(frozen=True)
@@ -330,21 +330,26 @@ class Compute:
     """Rows sampled together."""
     max_grad_norm: float = 1.0
     """Clip the gradient (of policy and value model together) to this norm; 0 never [D22]. Paper: none."""
+    adam_beta2: float = 0.97
+    """AdamW's memory of squared gradients [D21]. Models from scratch learn faster with a short one. Paper: 0.999."""
 
     def __post_init__(self) -> None:
         require(self, "compute", 1, "micro_batch_size", "sample_batch_size")
         require(self, "compute", 0, "max_grad_norm")
+        refuse(not 0 <= self.adam_beta2 < 1, f"--compute.adam-beta2 is {self.adam_beta2}, must lie in [0, 1)")
 
 
 STAGES = ("corpus", "pretrain", "sft", "compare", "reward", "ppo", "evaluate")
+Stage = Literal["corpus", "pretrain", "sft", "compare", "reward", "ppo", "evaluate", "benchmark"]
 
 
 @dataclass(frozen=True)
 class Config:
     """PPO for language models: SFT, reward model, PPO, evaluation. Without flags: all of it on a CPU, in minutes."""
 
-    stages: tuple[Literal["corpus", "pretrain", "sft", "compare", "reward", "ppo", "evaluate"], ...] = STAGES
-    """Stages to run. corpus, pretrain and compare make what is not given: posts, a base model, comparisons."""
+    stages: tuple[Stage, ...] = STAGES
+    """Stages to run. corpus, pretrain and compare make what is not given: posts, a base model, comparisons. benchmark
+    stands alone (or after corpus): it times PPO updates of an untrained model, and says where the time goes."""
     name: str | None = None
     """Name of the run; it writes to {out}/{name}, which must not exist. Default: run-001, run-002, ..."""
     out: Path = Path("runs")
@@ -1159,17 +1164,18 @@ def map_rows(batch: Batch, engine: Engine, function: Callable[[Layout], Sequence
     """
     results: list[Tensor] = []
     T = max(map(len, batch.responses))
-    for rows in micro_batches(batch.lengths, range(len(batch)), engine.micro_batch_size):
-        layout = lay_out(batch[rows], engine.device)
-        with engine.autocast():
-            parts = function(layout)
-        if not results:
-            results = [part.new_zeros((len(batch), T)[: part.dim()]) for part in parts]
-        for result, part in zip(results, parts):
-            if part.dim() == 1:
-                result[rows] = part
-            else:
-                result[rows, : part.shape[1]] = part.masked_fill(~layout.mask, 0)
+    with engine.timed("forwards"):
+        for rows in micro_batches(batch.lengths, range(len(batch)), engine.micro_batch_size):
+            layout = engine.lay_out(batch[rows])
+            with engine.autocast():
+                parts = function(layout)
+            if not results:
+                results = [part.new_zeros((len(batch), T)[: part.dim()]) for part in parts]
+            for result, part in zip(results, parts):
+                if part.dim() == 1:
+                    result[rows] = part
+                else:
+                    result[rows, : part.shape[1]] = part.masked_fill(~layout.mask, 0)
     return results
 
 
@@ -1192,7 +1198,8 @@ def sample(
     """A response per query from softmax(logits / temperature), nothing cut or warped, up to and including EOS."""
     blocks = chunks(range(len(queries)), engine.sample_batch_size)
     parts = (sample_block(policy, [queries[i] for i in b], uniforms[b], temperature, eos_id, engine) for b in blocks)
-    return [response for part in parts for response in part]
+    with engine.timed("sampling"), engine.autocast():
+        return [response for part in parts for response in part]
 
 
 @torch.no_grad()
@@ -1210,7 +1217,7 @@ def sample_block(
     ended = torch.zeros_like(last, dtype=torch.bool)
     cache, written = None, []
     while len(written) < T and not ended.all():
-        with engine.autocast(), head_at(policy, last):
+        with head_at(policy, last):
             inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": positions}
             output = policy(**inputs, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
@@ -1226,6 +1233,7 @@ def sample_block(
         last = torch.zeros_like(last)
     responses = torch.cat(written, dim=1)
     lengths = response_mask(responses, eos_id).sum(1).tolist()
+    engine.count(sum(lengths), responses.numel())
     return [response[:length] for response, length in zip(responses.tolist(), lengths)]
 
 
@@ -1236,10 +1244,10 @@ def sample_block(
 # micro-batch's share of the minibatch's loss and statistics, and one optimizer step for the sum.
 
 
-def adamw(*groups: dict) -> torch.optim.AdamW:
+def adamw(*groups: dict, beta2: float = 0.999) -> torch.optim.AdamW:
     """AdamW, eps 1e-5, no weight decay [D21; 4]. Each group names its parameters and learning rate."""
     groups = [group | {"initial_lr": group["lr"]} for group in groups]
-    return torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, beta2), eps=1e-5, weight_decay=0.0, fused=True)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -1268,20 +1276,23 @@ def optimizer_step(
     `losses(rows)` returns the micro-batch's share of each statistic, "loss" among them, divided by the count of the
     whole minibatch: so gradients and statistics of the parts simply add up [D20].
     """
-    optimizer.zero_grad()
-    totals: dict[str, Tensor] = {}
-    for rows in groups:
-        with engine.autocast():
-            shares = losses(rows)
-        shares["loss"].backward()
-        totals = {name: totals.get(name, 0.0) + share.detach() for name, share in shares.items()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    totals["grad_norm"] = nn.utils.clip_grad_norm_(parameters, engine.max_grad_norm or math.inf)
-    statistics = {name: float(total) for name, total in totals.items()}
-    for name in ("loss", "grad_norm"):
-        value = statistics[name]
-        refuse(not math.isfinite(value), f"{name} is {value}, so no step was taken; try a lower learning rate [D22]")
-    optimizer.step()
+    with engine.timed("training"):
+        optimizer.zero_grad()
+        totals: dict[str, Tensor] = {}
+        for rows in groups:
+            with engine.autocast():
+                shares = losses(rows)
+            shares["loss"].backward()
+            totals = {name: totals.get(name, 0.0) + share.detach() for name, share in shares.items()}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        totals["grad_norm"] = nn.utils.clip_grad_norm_(parameters, engine.max_grad_norm or math.inf)
+        statistics = {name: float(total) for name, total in totals.items()}
+        for name in ("loss", "grad_norm"):
+            value = statistics[name]
+            refuse(
+                not math.isfinite(value), f"{name} is {value}, so no step was taken; try a lower learning rate [D22]"
+            )
+        optimizer.step()
     return statistics | {"lr": optimizer.param_groups[0]["lr"]}
 
 
@@ -1349,7 +1360,7 @@ def train_language_model(
     run.say(
         f"{model.config.model_type}, {millions:.2f}M parameters, vocabulary {vocabulary:,}; {len(batch):,} examples"
     )
-    optimizer = adamw({"params": model.parameters(), "lr": config.lr})
+    optimizer = adamw({"params": model.parameters(), "lr": config.lr}, beta2=run.engine.adam_beta2)
     for step in run.steps(stage, len(steps)):
         set_lr(optimizer, warmup(step, len(steps)) * schedule(step / len(steps)))
         minibatch = batch[steps[step]]
@@ -1363,7 +1374,7 @@ def language_model_losses(
 ) -> dict[str, Tensor]:
     """Shares of the minibatch's loss: mean over response tokens + prompt_weight · mean over query tokens [D6]."""
     part = minibatch[rows]
-    layout = lay_out(part.whole_as_response() if prompt_weight else part, engine.device)
+    layout = engine.lay_out(part.whole_as_response() if prompt_weight else part)
     losses = -response_logprobs(model, layout, temperature=1.0)
     query_lengths = torch.tensor([len(q) - 1 for q in part.queries], device=engine.device) * bool(prompt_weight)
     of_query = length_mask(query_lengths, losses.shape[1])
@@ -1432,7 +1443,8 @@ def reward(run: Run) -> None:
     chosen, rejected = own + chosen, own.exchanged() + rejected
     lengths = list(map(max, chosen.lengths, rejected.lengths))
     steps = chunks(order, config.batch_size)
-    optimizer = adamw({"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr})
+    trained = {"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr}
+    optimizer = adamw(trained, beta2=engine.adam_beta2)
     for step in run.steps("reward", len(steps)):
         set_lr(optimizer, warmup(step, len(steps)) * cosine(step / len(steps)))
         groups = micro_batches(lengths, steps[step], engine.micro_batch_size)
@@ -1450,7 +1462,7 @@ def reward_losses(
     model: ScalarModel, chosen: Batch, rejected: Batch, pairs: int, engine: Engine, rows: list[int]
 ) -> dict[str, Tensor]:
     """Shares of the minibatch's loss and accuracy; a tie counts half [D8]."""
-    better, worse = model.scores(lay_out(chosen[rows] + rejected[rows], engine.device)).chunk(2)
+    better, worse = model.scores(engine.lay_out(chosen[rows] + rejected[rows])).chunk(2)
     share = len(rows) / pairs
     return {
         "loss": preference_loss(better, worse) * share,
@@ -1507,12 +1519,15 @@ def ppo(run: Run) -> None:
     optimizer = adamw(
         {"params": models.policy.parameters(), "lr": config.lr},
         {"params": models.value_model.parameters(), "lr": config.value_lr},
+        beta2=engine.adam_beta2,
     )
     run.say(
         f"{config.num_updates} updates of {config.batch_size} responses, "
         f"{config.num_ppo_epochs} epochs of {config.num_minibatches} minibatches"
     )
+    spent: Counter = Counter()
     for update in run.steps("ppo", config.num_updates):
+        engine.statement()  # what came before is not this update's
         set_lr(optimizer, 1 - update / config.num_updates)
         episodes = range(update * config.batch_size, (update + 1) * config.batch_size)
         picked = shuffled(seed, "episodes", len(posts), episodes.start, episodes.stop)
@@ -1532,9 +1547,12 @@ def ppo(run: Run) -> None:
                 steps.append(optimizer_step(engine, optimizer, groups, losses))
         watched = [labeler.score(posts[i], codec.text(r)) for i, r in zip(picked, rollout.batch.responses)]
         statistics = rollout_statistics(rollout, config) | step_statistics(steps)
-        run.log(statistics | {"objective/labeler": sum(watched) / len(watched)})
+        costs = engine.statement()
+        spent.update({name: seconds for name, seconds in costs.items() if name.startswith("time/")})
+        run.log(statistics | {"objective/labeler": sum(watched) / len(watched)} | costs)
         if update % config.sample_every == 0:
             show_sample(run, update, valid, codec, models)
+    run.say("of these: " + ", ".join(f"{name[5:]} {seconds:.0f} s" for name, seconds in spent.items()))
     save_model(models.policy, codec.tokenizer, run.new("ppo"))
 
 
@@ -1643,7 +1661,7 @@ def ppo_losses(
     rows: list[int],
 ) -> dict[str, Tensor]:
     """A micro-batch's shares of the minibatch's loss and statistics [1, eq. 9; D20]."""
-    layout = lay_out(rollout.batch[rows], engine.device)
+    layout = engine.lay_out(rollout.batch[rows])
     T = layout.mask.shape[1]
     logits, values = logits_and_values(models.policy, models.value_model, layout)
     # Zeroed padding first: what stands there must not meet exp() or a square, whose NaN gradients no mask removes.
@@ -1688,6 +1706,7 @@ def rollout_statistics(rollout: Rollout, config: PPO) -> dict[str, float]:
         "val/num_eos_tokens": rollout.has_eos.sum().item(),
         "val/eos_rate": rollout.has_eos.float().mean().item(),
         "val/response_tokens": rollout.mask.sum(1).float().mean().item(),
+        "val/longest_response": rollout.mask.sum(1).max().item(),
     }
 
 
@@ -1889,19 +1908,98 @@ def verdict(at_cold: Figures, at_warm: Figures, cold: str, warm: str, judge: str
     )
 
 
+def benchmark(run: Run) -> None:
+    """What PPO updates cost, by phase, and how much of the machine they use; weights are --model's or random."""
+    config, engine = run.config, run.engine
+    posts = run.posts("train")
+    if config.model is None:
+        tokenizer = train_tokenizer(posts, config.data.query_format, config.pretrain.vocab_size)
+        model = small_model(config.pretrain, tokenizer, config.seed)
+    else:
+        tokenizer, model = load_tokenizer(config.model), load_policy(config.model)
+    save_model(model, tokenizer, run.new("sft"))
+    ScalarModel.load(run.sft_model, new_head=rng(config.seed, "reward head")).save(run.new("reward"), tokenizer)
+    peak, bandwidth = machine_limits(engine)
+    ppo(run)
+    with open(run.folder / "metrics.jsonl", encoding="utf-8") as file:
+        updates = [json.loads(line) for line in file]
+    updates = updates[1:] or updates  # the first one warms up
+    cost = {name: float(np.median([u[name] for u in updates])) for name in updates[0] if "/" in name}
+
+    # Two operations per weight and token forward, four more backward; attention's own are left out.
+    head = model.get_output_embeddings().weight.numel()
+    embeddings = model.get_input_embeddings().weight.numel()
+    body = model.num_parameters() - embeddings - (head if head and not model.config.tie_word_embeddings else 0)
+    value, scored = config.ppo.value_model == "separate", config.ppo.reward_function is None
+    written, rows, epochs = cost["tokens/sampling"], config.ppo.batch_size, config.ppo.num_ppo_epochs
+    read = cost["tokens/training"] / epochs  # queries and responses, once
+    operations = {
+        "sampling": 2 * body * read + 2 * head * written,
+        "forwards": 2 * body * read * (2 + value + scored) + 2 * 2 * head * written,
+        "training": 6 * (body * read * (1 + value) + head * written) * epochs,
+    }
+    # Each step of sampling reads the weights once, and each row's keys and values of what came before.
+    steps = math.ceil(rows / engine.sample_batch_size) * cost["val/longest_response"]
+    size, shape = (2 if engine.bfloat16 else 4), model.config
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    width = heads * (getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
+    context = (read - written / 2) / rows
+    moved = size * ((body + head) * steps + 2 * shape.num_hidden_layers * width * context * written)
+    result = {}
+    for phase, flop in operations.items():
+        seconds = cost[f"time/{phase}"]
+        result[phase] = {
+            "seconds": seconds,
+            "tokens_per_second": cost[f"tokens/{phase}"] / seconds,
+            "padding": cost[f"padding/{phase}"],
+            "share_of_peak_flops": flop / seconds / peak,
+            "share_of_bandwidth": moved / seconds / bandwidth if phase == "sampling" else None,
+        }
+    names = list(result["sampling"])
+    cells = [
+        [phase, *(f"{row[name]:.3g}" if row[name] is not None else "" for name in names)]
+        for phase, row in result.items()
+    ]
+    run.say(table([["median of an update", *names], *cells]))
+    total = sum(row["seconds"] for row in result.values())
+    run.say(
+        f"{total:.2f} s per update; this machine: {peak / 1e12:.3g} TFLOP/s, {bandwidth / 1e9:.3g} GB/s, as measured"
+    )
+    record = {"phases": result, "seconds": total, "updates": len(updates), "flops": peak, "bandwidth": bandwidth}
+    record |= {"parameters": model.num_parameters(), "peak_memory": peak_memory(engine.device)}
+    (run.folder / "benchmark.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def machine_limits(engine: Engine) -> tuple[float, float]:
+    """Operations and bytes per second of a matrix product and a copy, the fastest of five."""
+    big, on = (8192, 2**28) if engine.device.type == "cuda" else (2048, 2**25), engine.device
+    a = torch.randn(big[0], big[0], device=on, dtype=torch.bfloat16 if engine.bfloat16 else torch.float32)
+    x, y = (torch.ones(big[1], device=on) for _ in range(2))
+    seconds: dict[str, list[float]] = {"product": [], "copy": []}
+    for _ in range(5):
+        for name, work in (("product", lambda: a @ a), ("copy", lambda: y.copy_(x))):
+            with engine.timed(name):
+                work()
+            seconds[name].append(engine.costs.pop(f"time/{name}"))
+    return 2 * big[0] ** 3 / min(seconds["product"]), 2 * 4 * big[1] / min(seconds["copy"])
+
+
 # -----------------------------------------------------------------------------
 # runtime: device, folders, log, screen. No algorithm.
 
 
-@dataclass(frozen=True)
+@dataclass
 class Engine:
-    """Where and in what pieces models run."""
+    """Where and in what pieces models run, and what that cost: seconds, tokens, padding by phase."""
 
     device: torch.device = torch.device("cpu")
     bfloat16: bool = False
     micro_batch_size: int = 32
     sample_batch_size: int = 256
     max_grad_norm: float = 1.0
+    adam_beta2: float = 0.999
+    phase: str = ""
+    costs: Counter = field(default_factory=Counter)
 
     @classmethod
     def start(cls, compute: Compute) -> Engine:
@@ -1911,10 +2009,36 @@ class Engine:
         bfloat16 = compute.precision == "bfloat16" or (compute.precision == "auto" and device.type == "cuda")
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True  # what is not bfloat16 may use the matrix units too
-        return cls(device, bfloat16, compute.micro_batch_size, compute.sample_batch_size, compute.max_grad_norm)
+        sizes = (compute.micro_batch_size, compute.sample_batch_size, compute.max_grad_norm, compute.adam_beta2)
+        return cls(device, bfloat16, *sizes)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """What happens inside counts as this phase: sampling, forwards or training."""
+        self.phase, start = phase, time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # or the next phase would wait for this one's kernels
+        self.costs[f"time/{phase}"] += time.perf_counter() - start
+
+    def lay_out(self, batch: Batch) -> Layout:
+        layout = lay_out(batch, self.device)
+        self.count(sum(batch.lengths), layout.tokens.numel())
+        return layout
+
+    def count(self, tokens: int, slots: int) -> None:
+        self.costs[f"tokens/{self.phase}"] += tokens
+        self.costs[f"slots/{self.phase}"] += slots
+
+    def statement(self) -> dict[str, float]:
+        """Costs since the last statement; padding is a share of all slots computed."""
+        costs, self.costs = self.costs, Counter()
+        slots = {name: costs.pop(name) for name in list(costs) if name.startswith("slots/")}
+        padding = {f"padding/{name[6:]}": 1 - costs[f"tokens/{name[6:]}"] / n for name, n in slots.items()}
+        return {name: round(cost, 3) for name, cost in costs.items()} | padding
 
 
 class Run:

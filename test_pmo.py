@@ -3,6 +3,7 @@
     pytest test_pmo.py                              pmo: the contract's laws, the details D1 to D25, the pipeline
     PMO_IMPL=my_module pytest test_pmo.py           the contract's laws, held against the functions of my_module
     PMO_IMPL=my_module python test_pmo.py           the same, ending in a table: laws that hold, fail, are missing
+    python test_pmo.py race short                   time an update of pmo's against one of TRL's (README: "Speed")
 
 An implementation is a module with any of the contract's functions (README: "Verify another implementation"). A
 function it lacks is reported as missing, never as passed. It may name laws it is known to break, in a dictionary
@@ -1963,6 +1964,7 @@ def test_rollout_statistics_are_what_their_names_say(s):
         "val/eos_rate": sum(ended) / n,
         "val/num_eos_tokens": sum(ended),
         "val/response_tokens": sum(s.lengths) / n,
+        "val/longest_response": max(s.lengths),
     }
     assert statistics.keys() == expected.keys()
     for name, value in expected.items():
@@ -2131,7 +2133,11 @@ def finished_run(name: str = "whole", seed: int = 1, **changes: object) -> Path:
 
 def metrics_of(folder: Path, timings: bool = False) -> list[dict]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return records if timings else [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+    return (
+        records
+        if timings
+        else [{k: v for k, v in record.items() if k != "seconds" and not k.startswith("time/")} for record in records]
+    )
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
@@ -3224,6 +3230,89 @@ def test_bad_input_gives_one_line_and_exit_code_2():
 
 
 @law(
+    "an update's costs are counted once: every response token sampled, three passes forward, one per epoch in training; "
+    "padding is the share of computed slots that hold no token",
+    "README: Speed", *RUN_NEEDS, "Engine", "lay_out",
+)  # fmt: skip
+def test_costs_are_counted_once():
+    updates = [record for record in metrics_of(finished_run(), timings=True) if record["stage"] == "ppo"]
+    for update in updates:
+        tokens = update["tokens/training"] / impl.PPO().num_ppo_epochs
+        assert update["tokens/sampling"] == pytest.approx(16 * update["val/response_tokens"])
+        assert update.get("tokens/forwards") == 3 * tokens and tokens > update["tokens/sampling"]
+        assert update["val/longest_response"] >= update["val/response_tokens"]
+        assert 0 <= update["padding/training"] < 1 and 0 <= update["padding/sampling"] < 1
+        assert all(update[f"time/{phase}"] > 0 for phase in ("sampling", "forwards", "training"))
+    machine, batch = engine(), some_batch(((1, 2), (3, 3)))
+    with machine.timed("forwards"):
+        machine.lay_out(batch)
+    costs = machine.statement()
+    assert costs["tokens/forwards"] == 9 and costs["padding/forwards"] == pytest.approx(1 - 9 / 12)
+    assert machine.statement() == {}, "a statement starts the account anew"
+
+
+@law(
+    "a benchmark leaves seconds, tokens per second, padding and shares of the machine's peak, by phase",
+    "README: Speed", *RUN_NEEDS, "benchmark", "machine_limits",
+)  # fmt: skip
+def test_a_benchmark_says_where_the_time_goes():
+    config = tiny_config("benchmark", stages=("benchmark",))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "machine_limits", lambda engine: (1e9, 1e8))
+        impl.start(config)
+    folder = workshop() / "runs" / "benchmark"
+    result, updates = json.loads((folder / "benchmark.json").read_text()), metrics_of(folder, timings=True)[1:]
+    assert result["updates"] == 2 and set(result["phases"]) == {"sampling", "forwards", "training"}
+    model = impl.load_policy(folder / "sft")
+    head = model.get_output_embeddings().weight.numel()  # tied: counted once, as the head
+    layers, D = model.config.num_hidden_layers, model.config.hidden_size
+    body = sum(p.numel() for p in model.parameters()) - head
+    one = {name: sum(u[name] for u in updates) / 2 for name in updates[0] if "/" in name}  # a median of two
+    written, read = one["tokens/sampling"], one["tokens/training"] / config.ppo.num_ppo_epochs
+    expected = {
+        "sampling": 2 * body * read + 2 * head * written,
+        "forwards": 4 * 2 * body * read + 2 * 2 * head * written,
+        "training": config.ppo.num_ppo_epochs * 3 * (2 * 2 * body * read + 2 * head * written),
+    }
+    for phase, operations in expected.items():
+        row, seconds = result["phases"][phase], one[f"time/{phase}"]
+        assert row["seconds"] == pytest.approx(seconds)
+        assert row["tokens_per_second"] == pytest.approx(one[f"tokens/{phase}"] / seconds)
+        assert row["padding"] == pytest.approx(one[f"padding/{phase}"])
+        assert row["share_of_peak_flops"] == pytest.approx(operations / seconds / 1e9)
+    cache = 2 * layers * D * (read - written / 2) / 16 * written
+    moved = 4 * ((body + head) * one["val/longest_response"] + cache)
+    share = result["phases"]["sampling"]["share_of_bandwidth"]
+    assert share == pytest.approx(moved / one["time/sampling"] / 1e8)
+    assert result["seconds"] == pytest.approx(sum(one[f"time/{phase}"] for phase in expected))
+    flops, bandwidth = impl.machine_limits(engine())
+    assert 1e8 < flops < 1e16 and 1e8 < bandwidth < 1e14
+
+
+@law(
+    "AdamW's memory of squared gradients is the one asked for, in every stage",
+    "D21; Kingma & Ba 2015, algorithm 1", *RUN_NEEDS, "adamw", "Engine",
+)  # fmt: skip
+def test_every_stage_has_the_second_moment_asked_for():
+    seen, adamw = [], impl.adamw
+    config = tiny_config("beta2", sft=impl.SFT(epochs=0.1), compute=impl.Compute(adam_beta2=0.9))
+    config = replace(config, pretrain=replace(config.pretrain, epochs=0.1), ppo=replace(config.ppo, total_episodes=16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "adamw", lambda *groups, **options: seen.append(adamw(*groups, **options)) or seen[-1])
+        impl.start(replace(config, stages=("pretrain", "sft", "reward", "ppo"), from_run=finished_run()))
+    assert len(seen) == 4 and all(
+        group["betas"] == (0.9, 0.9) for optimizer in seen for group in optimizer.param_groups
+    )
+    x = torch.nn.Parameter(torch.zeros(()))
+    optimizer = impl.adamw({"params": [x], "lr": 1.0}, beta2=0.5)
+    for gradient in (1.0, 3.0):
+        x.grad = torch.tensor(gradient)
+        optimizer.step()
+    m, v = 0.9 * 0.1 * 1 + 0.1 * 3, 0.5 * 0.5 * 1 + 0.5 * 9
+    close(x, -1.0 - (m / (1 - 0.81)) / math.sqrt(v / 0.75), tolerance=1e-4)
+
+
+@law(
     "run_tldr.sh takes a tiny model and tiny files through the paper's stages, and puts no incomplete download in place",
     "README: run_tldr.sh", *PROGRAM,
 )  # fmt: skip
@@ -3787,6 +3876,12 @@ MUTANTS = [
     Mutant("a long title is an error", "test_titles_too_long_are_counted_with_file_and_line", "                codec.check_title(post)\n            return post", "                pass\n            return post"),
     Mutant("the head is called without its scaling", "test_any_decoder_will_do", "logits = policy(input_ids=layout.tokens, use_cache=False).logits\n    return logits, entered[0]", "policy(input_ids=layout.tokens, use_cache=False)\n    return policy.get_output_embeddings()(entered[0]), entered[0]"),
     Mutant("the rollout's mask forgets EOS", "test_rollout_holds_what_each_model_said", "[len(response) for response in batch.responses], device=engine.device)", "[max(1, len(response) - 1) for response in batch.responses], device=engine.device)"),
+    Mutant("the second moment is the default's", "test_every_stage_has_the_second_moment_asked_for", "betas=(0.9, beta2)", "betas=(0.9, 0.999)"),
+    Mutant("PPO forgets the second moment", "test_every_stage_has_the_second_moment_asked_for", "        beta2=engine.adam_beta2,\n    )", "    )"),
+    Mutant("padding is a share of tokens", "test_costs_are_counted_once", '1 - costs[f"tokens/{name[6:]}"] / n', 'n / costs[f"tokens/{name[6:]}"] - 1'),
+    Mutant("scoring is not counted", "test_costs_are_counted_once", "layout = engine.lay_out(batch[rows])\n            with", "layout = lay_out(batch[rows], engine.device)\n            with"),
+    Mutant("training counts two passes per operation", "test_a_benchmark_says_where_the_time_goes", '"training": 6 * (', '"training": 4 * ('),
+    Mutant("the cache is read once per row", "test_a_benchmark_says_where_the_time_goes", "width * context * written)", "width * context * rows)"),
     # whole runs
     Mutant("the learning rate stays up", "test_a_run_logs_finite_numbers_and_ratio_one", "set_lr(optimizer, 1 - update / config.num_updates)", "set_lr(optimizer, 1.0)"),
     Mutant("the reference learns with the policy", "test_frozen_models_stay_frozen", "policy, ref_policy = load_policy(run.sft_model), load_policy(run.sft_model).requires_grad_(False)", "policy = ref_policy = load_policy(run.sft_model)"),
@@ -3865,6 +3960,132 @@ class Table:
                     say(f"\n{words[title]}: {name}\n    {LAWS[name].statement if name in LAWS else ''}\n    {why}")
 
 
+# -----------------------------------------------------------------------------
+# race: one PPO update of pmo's and of TRL's, in turn, on the same model, queries and settings
+
+RACES = {  # layers, width, heads, vocabulary; rows, shortest and longest query, response tokens, mean response
+    "short": (6, 256, 8, 4096, 64, 58, 128, 48, None),
+    "tldr": (6, 256, 8, 4096, 32, 192, 512, 53, 34),
+    "410m": (24, 1024, 16, 50304, 256, 192, 512, 53, 34),
+    "1b": (16, 2048, 8, 50304, 256, 192, 512, 53, 34),
+}
+
+
+def race(name: str, rounds: int = 3) -> None:  # noqa: PLR0915
+    """Time updates A B A B, print seconds, medians and their ratio: `python test_pmo.py race short`, in TRL's
+    environment. Queries have uniform lengths between the two given; where a mean response is given, the EOS logit is
+    raised so that responses end after about that many tokens, else none ends."""
+    import copy
+    import random
+    import statistics
+    import tempfile
+    import time
+
+    import transformers as hf
+
+    try:
+        from datasets import Dataset
+        from trl.experimental.ppo import PPOConfig, PPOTrainer
+    except ImportError as error:
+        sys.exit(f"race: {error}; it needs trl 1.12 and its dependencies (README)")
+    hf.utils.logging.set_verbosity_error()
+    layers, width, heads, vocabulary, rows, shortest, longest, T, mean_response = RACES[name]
+    cuda, micro = torch.cuda.is_available(), 16
+    device = torch.device("cuda" if cuda else "cpu")
+    tokenizer = tiny_tokenizer()
+    tokenizer.padding_side, eos = "left", tokenizer.eos_token_id
+    config = hf.GPTNeoXConfig(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
+        vocab_size=vocabulary, eos_token_id=eos, bos_token_id=eos, pad_token_id=tokenizer.pad_token_id, num_labels=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    policy, scalar = hf.GPTNeoXForCausalLM(config), hf.GPTNeoXForSequenceClassification(config)
+    numbers = random.Random(0)
+    lengths = [numbers.randint(shortest, longest) for _ in range(rows)]
+    queries = [[numbers.randrange(len(tokenizer), vocabulary) for _ in range(n)] for n in lengths]
+    if mean_response:
+        with torch.no_grad():  # one hidden unit is always 1, and only the EOS logit reads it
+            norm, head = policy.gpt_neox.final_layer_norm, policy.get_output_embeddings().weight
+            norm.weight[0], norm.bias[0], head[:, 0], head[eos] = 0.0, 1.0, 0.0, 0.0
+            others = (policy(input_ids=torch.tensor([queries[0]])).logits[0, -1] / 0.7).logsumexp(0)
+            head[eos, 0] = 0.7 * (others - math.log(mean_response))
+    ppo = impl.PPO(
+        total_episodes=rows, batch_size=rows, num_minibatches=1, num_ppo_epochs=4, kl_coef=0.05, lr=3e-6, value_lr=3e-6
+    )
+    machine = engine(micro, device=device, bfloat16=cuda)
+
+    def ours() -> float:
+        models = [copy.deepcopy(model).to(device).eval() for model in (policy, scalar, policy, scalar)]
+        models = impl.Models(models[0], impl.ScalarModel(models[1], True).to(device), models[2].requires_grad_(False),
+                             impl.ScalarModel(models[3]).to(device).requires_grad_(False))  # fmt: skip
+        optimizer = impl.adamw(
+            {"params": [*models.policy.parameters(), *models.value_model.parameters()], "lr": ppo.lr}
+        )
+        start = time.perf_counter()
+        score = partial(impl.scores_of, models.reward_model, engine=machine)
+        end_of_text = eos if mean_response else -1
+        rollout = impl.roll_out(models, queries, uniforms(rows, T), score, end_of_text, ppo, machine)
+        advantages, returns = impl.gae(
+            impl.shape_rewards(rollout, ppo), rollout.values, rollout.mask, ppo.gamma, ppo.lam
+        )
+        advantages = impl.whiten(advantages, rollout.mask)
+        for _ in range(ppo.num_ppo_epochs):
+            groups = impl.micro_batches(rollout.batch.lengths, range(rows), micro)
+            losses = partial(impl.ppo_losses, models, rollout, advantages, returns, list(range(rows)), ppo, machine)
+            impl.optimizer_step(machine, optimizer, groups, losses)
+        written.append(rollout.mask.sum().item() / rows)
+        return time.perf_counter() - start
+
+    class Clock(hf.TrainerCallback):
+        def on_train_begin(self, *args: object, **kwargs: object) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args: object, **kwargs: object) -> None:
+            if cuda:
+                torch.cuda.synchronize()
+            self.seconds = time.perf_counter() - self.start
+
+    def theirs() -> float:
+        clock = Clock()
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = PPOTrainer(
+                args=PPOConfig(
+                    output_dir=folder, per_device_train_batch_size=micro, gradient_accumulation_steps=rows // micro,
+                    num_mini_batches=1, num_ppo_epochs=4, total_episodes=rows, response_length=T, temperature=0.7,
+                    learning_rate=3e-6, kl_coef=0.05, stop_token="eos" if mean_response else None, report_to="none",
+                    num_sample_generations=0, bf16=cuda, use_cpu=not cuda, save_strategy="no", seed=1,
+                ),
+                processing_class=tokenizer, model=copy.deepcopy(policy), ref_model=copy.deepcopy(policy),
+                reward_model=copy.deepcopy(scalar), value_model=copy.deepcopy(scalar),
+                train_dataset=Dataset.from_dict({"input_ids": queries}), callbacks=[clock],
+            )  # fmt: skip
+            trainer.train()
+        return clock.seconds
+
+    written: list[float] = []
+    seconds: dict[str, list[float]] = {"pmo": [], "TRL": []}
+    for _ in range(rounds):
+        for side, update in (("pmo", ours), ("TRL", theirs)):
+            with open(os.devnull, "w") as nowhere, pytest.MonkeyPatch.context() as patch:
+                patch.setattr(sys, "stdout", nowhere)
+                seconds[side].append(update())
+            print(f"{side} {seconds[side][-1]:.1f} s", flush=True)
+    place = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    medians = {side: statistics.median(values) for side, values in seconds.items()}
+    ratios = [theirs / ours for ours, theirs in zip(*seconds.values())]
+    print(
+        f"{name}: {policy.num_parameters() / 1e6:.1f}M parameters, {rows} rows, queries of {sum(lengths) / rows:.0f} tokens, "
+        f"responses of {statistics.mean(written):.0f}; {place}"
+    )
+    print(f"medians {medians['pmo']:.1f} s and {medians['TRL']:.1f} s; TRL / pmo {statistics.median(ratios):.2f}")
+    costs = machine.statement()
+    print(
+        ", ".join(f"{phase} {costs[f'time/{phase}'] / rounds:.1f} s" for phase in ("sampling", "forwards", "training"))
+    )
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["race"]:
+        sys.exit(race(*sys.argv[2:3] or ["short"]))
     quiet = ["-q", "--no-header", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider", "-rN"]
     sys.exit(pytest.main([__file__, *quiet, *sys.argv[1:]], plugins=[Table()]))
