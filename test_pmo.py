@@ -3294,12 +3294,12 @@ def test_a_benchmark_says_where_the_time_goes():
     "D21; Kingma & Ba 2015, algorithm 1", *RUN_NEEDS, "adamw", "Engine",
 )  # fmt: skip
 def test_every_stage_has_the_second_moment_asked_for():
-    seen, adamw = [], impl.adamw
+    seen, adamw, earlier = [], impl.adamw, finished_run()
     config = tiny_config("beta2", sft=impl.SFT(epochs=0.1), compute=impl.Compute(adam_beta2=0.9))
     config = replace(config, pretrain=replace(config.pretrain, epochs=0.1), ppo=replace(config.ppo, total_episodes=16))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(impl, "adamw", lambda *groups, **options: seen.append(adamw(*groups, **options)) or seen[-1])
-        impl.start(replace(config, stages=("pretrain", "sft", "reward", "ppo"), from_run=finished_run()))
+        impl.start(replace(config, stages=("pretrain", "sft", "reward", "ppo"), from_run=earlier))
     assert len(seen) == 4 and all(
         group["betas"] == (0.9, 0.9) for optimizer in seen for group in optimizer.param_groups
     )
