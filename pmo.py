@@ -51,16 +51,19 @@ import importlib.util
 import inspect
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -71,6 +74,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
@@ -90,6 +94,10 @@ if TYPE_CHECKING:
 
 class InputError(ValueError):
     """Something the user gave cannot be used; the message says what, where and why."""
+
+
+class Diverged(InputError):
+    """Training has left the finite numbers."""
 
 
 def refuse(condition: bool, message: str) -> None:
@@ -268,6 +276,8 @@ class PPO:
     reward_function: str | None = None
     """A rule in place of the reward model (RLVR [7]): module:function(post, response, record) -> float, where record
     is the post's record in the data file. No comparisons, no reward model; the value model starts at 0."""
+    max_kl: float | None = None
+    """Stop when a batch's mean KL to the SFT model exceeds this many nats per response. Default: never."""
     sample_every: int = 5
     """Updates between printed samples."""
 
@@ -330,12 +340,14 @@ class Compute:
     """Rows sampled together."""
     max_grad_norm: float = 1.0
     """Clip the gradient (of policy and value model together) to this norm; 0 never [D22]. Paper: none."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between checkpoints, of which two are kept until the run ends; 0 after every step."""
     adam_beta2: float = 0.97
     """AdamW's memory of squared gradients [D21]. Models from scratch learn faster with a short one. Paper: 0.999."""
 
     def __post_init__(self) -> None:
         require(self, "compute", 1, "micro_batch_size", "sample_batch_size")
-        require(self, "compute", 0, "max_grad_norm")
+        require(self, "compute", 0, "max_grad_norm", "checkpoint_minutes")
         refuse(not 0 <= self.adam_beta2 < 1, f"--compute.adam-beta2 is {self.adam_beta2}, must lie in [0, 1)")
 
 
@@ -354,6 +366,8 @@ class Config:
     """Name of the run; it writes to {out}/{name}, which must not exist. Default: run-001, run-002, ..."""
     out: Path = Path("runs")
     """Folder of all runs."""
+    resume: bool = False
+    """Go on with the run --name, which was interrupted, from its last checkpoint; all other flags as before."""
     from_run: Path | None = None
     """Folder of an earlier run; stands in for the data and models that this run's stages do not make."""
     model: str | None = None
@@ -378,6 +392,7 @@ class Config:
     compute: Compute = Compute()
 
     def __post_init__(self) -> None:
+        refuse(self.resume and self.name is None, "--resume needs --name: which run?")
         refuse(self.seed < 0, f"--seed is {self.seed}, must be at least 0")
         both = self.ppo.reward_function is not None and self.reward_model is not None
         refuse(both, "--ppo.reward-function stands in for the reward model, but --reward-model is given too")
@@ -696,9 +711,13 @@ def read_records(path: Path, parse: Callable[[dict], NamedTuple | None]) -> tupl
     return records, complaints
 
 
-def write_records(path: Path, records: Sequence[dict]) -> None:
+def write_records(records: Sequence[dict], path: Path) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def write_json(record: dict, path: Path) -> None:
+    path.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def truncate_post(post: str, fits: Callable[[str], bool]) -> str:
@@ -1084,7 +1103,7 @@ class ScalarModel(nn.Module):
         """Move scores so that what scored `mean_score` on average now averages 0. Twice changes nothing [D9; 5]."""
         self.bias -= mean_score
 
-    def save(self, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def save(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         self.classifier.config.score_offset = -self.bias.item()
         save_model(self.classifier, tokenizer, folder)
 
@@ -1165,17 +1184,18 @@ def map_rows(batch: Batch, engine: Engine, function: Callable[[Layout], Sequence
     results: list[Tensor] = []
     T = max(map(len, batch.responses))
     with engine.timed("forwards"):
-        for rows in micro_batches(batch.lengths, range(len(batch)), engine.micro_batch_size):
+        for rows, counts in engine.deal(micro_batches(batch.lengths, range(len(batch)), engine.micro_batch_size)):
             layout = engine.lay_out(batch[rows])
             with engine.autocast():
                 parts = function(layout)
             if not results:
                 results = [part.new_zeros((len(batch), T)[: part.dim()]) for part in parts]
-            for result, part in zip(results, parts):
+            for result, part in zip(results, parts if counts else ()):
                 if part.dim() == 1:
                     result[rows] = part
                 else:
                     result[rows, : part.shape[1]] = part.masked_fill(~layout.mask, 0)
+    engine.add_up(results)
     return results
 
 
@@ -1196,10 +1216,14 @@ def sample(
     engine: Engine,
 ) -> list[list[int]]:
     """A response per query from softmax(logits / temperature), nothing cut or warped, up to and including EOS."""
-    blocks = chunks(range(len(queries)), engine.sample_batch_size)
-    parts = (sample_block(policy, [queries[i] for i in b], uniforms[b], temperature, eos_id, engine) for b in blocks)
+    blocks = engine.deal(chunks(range(len(queries)), engine.sample_batch_size))
+    responses: dict[int, list[int]] = {}
     with engine.timed("sampling"), engine.autocast():
-        return [response for part in parts for response in part]
+        for rows, counts in blocks:
+            block = sample_block(policy, [queries[i] for i in rows], uniforms[rows], temperature, eos_id, engine)
+            responses |= zip(rows, block) if counts else ()
+    responses = engine.gather(responses)
+    return [responses[i] for i in range(len(queries))]
 
 
 @torch.no_grad()
@@ -1279,19 +1303,19 @@ def optimizer_step(
     with engine.timed("training"):
         optimizer.zero_grad()
         totals: dict[str, Tensor] = {}
-        for rows in groups:
+        for rows, counts in engine.deal(groups):
             with engine.autocast():
                 shares = losses(rows)
-            shares["loss"].backward()
-            totals = {name: totals.get(name, 0.0) + share.detach() for name, share in shares.items()}
+            (shares["loss"] * counts).backward()
+            totals = {name: totals.get(name, 0.0) + share.detach() * counts for name, share in shares.items()}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        engine.add_up([*(p.grad for p in parameters if p.grad is not None), *totals.values()])
         totals["grad_norm"] = nn.utils.clip_grad_norm_(parameters, engine.max_grad_norm or math.inf)
         statistics = {name: float(total) for name, total in totals.items()}
         for name in ("loss", "grad_norm"):
             value = statistics[name]
-            refuse(
-                not math.isfinite(value), f"{name} is {value}, so no step was taken; try a lower learning rate [D22]"
-            )
+            if not math.isfinite(value):
+                raise Diverged(f"{name} is {value}, so no step was taken; try a lower learning rate [D22]")
         optimizer.step()
     return statistics | {"lr": optimizer.param_groups[0]["lr"]}
 
@@ -1306,7 +1330,7 @@ def corpus(run: Run) -> None:
         posts: list[Post] = []
         while unused and (size is None or len(posts) < size):
             posts += unused.pop()
-        write_records(run.new("data") / f"{split}.jsonl", [post.fields() for post in posts[:size]])
+        run.write(f"data/{split}.jsonl", partial(write_records, [post.fields() for post in posts[:size]]))
         run.say(f"{len(posts[:size]):,} {split} posts")
 
 
@@ -1320,7 +1344,7 @@ def pretrain(run: Run) -> None:
     posts = run.posts("train", codec)
     titles = Batch(codec.queries(posts), codec.responses([post.title for post in posts]))
     train_language_model(run, "pretrain", model, titles, config.pretrain, 1.0, schedule=lambda progress: 1.0)
-    save_model(model, tokenizer, run.new("base"))
+    run.write("base", partial(save_model, model, tokenizer))
 
 
 def sft(run: Run) -> None:
@@ -1334,7 +1358,7 @@ def sft(run: Run) -> None:
     wrong = held_out_loss(model, valid.exchanged(), run.engine)
     run.log({"valid/loss": right, "valid/loss_other_post": wrong})
     run.say(f"held-out loss {right:.3f} nats per token, {wrong:.3f} with another post's summary")
-    save_model(model, codec.tokenizer, run.new("sft"))
+    run.write("sft", partial(save_model, model, codec.tokenizer))
 
 
 def check_room(model: PreTrainedModel, data: Data) -> None:
@@ -1361,7 +1385,7 @@ def train_language_model(
         f"{model.config.model_type}, {millions:.2f}M parameters, vocabulary {vocabulary:,}; {len(batch):,} examples"
     )
     optimizer = adamw({"params": model.parameters(), "lr": config.lr}, beta2=run.engine.adam_beta2)
-    for step in run.steps(stage, len(steps)):
+    for step in run.steps(stage, len(steps), model=model, optimizer=optimizer):
         set_lr(optimizer, warmup(step, len(steps)) * schedule(step / len(steps)))
         minibatch = batch[steps[step]]
         groups = micro_batches(minibatch.lengths, range(len(minibatch)), run.engine.micro_batch_size)
@@ -1414,15 +1438,15 @@ def compare(run: Run) -> None:
             records += judge(labeler, post, ("sft", ranked[-1]), ("sft", ranked[0]), flip=i % 2 == 1)
             records += judge(labeler, post, ("sft", drafts[0][i]), ("other post", stranger), flip=i % 2 == 0)
         refuse(not records, f"the labeler saw no difference between any two samples for the {split} posts")
-        write_records(run.new("data") / f"comparisons_{split}.jsonl", records)
+        run.write(f"data/comparisons_{split}.jsonl", partial(write_records, records))
         run.say(f"{len(records):,} {split} comparisons from {len(posts):,} posts, ties dropped")
 
 
 def judge(labeler: Labeler, post: Post, a: tuple[str, str], b: tuple[str, str], flip: bool) -> list[dict]:
-    """The labeler's comparison of two (policy, text) as a record of OpenAI's format; none if it is a tie."""
+    """The labeler's comparison of two (policy, text) as a record of OpenAI's format; none of a tie or an empty text."""
     summaries = [b, a] if flip else [a, b]
     scores = [labeler.score(post, text) for _, text in summaries]
-    if scores[0] == scores[1]:
+    if scores[0] == scores[1] or not all(text.strip() for _, text in summaries):
         return []
     info = {"subreddit": post.subreddit, "title": post.title, "post": post.post}
     candidates = [{"policy": policy, "text": text} for policy, text in summaries]
@@ -1445,7 +1469,7 @@ def reward(run: Run) -> None:
     steps = chunks(order, config.batch_size)
     trained = {"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr}
     optimizer = adamw(trained, beta2=engine.adam_beta2)
-    for step in run.steps("reward", len(steps)):
+    for step in run.steps("reward", len(steps), model=model, optimizer=optimizer):
         set_lr(optimizer, warmup(step, len(steps)) * cosine(step / len(steps)))
         groups = micro_batches(lengths, steps[step], engine.micro_batch_size)
         losses = partial(reward_losses, model, chosen, rejected, len(steps[step]), engine)
@@ -1453,9 +1477,11 @@ def reward(run: Run) -> None:
     model.center(scores_of(model, summaries, engine).mean().item())
     accuracies = reward_accuracies(model, run.pairs("valid", codec), engine)
     run.log({f"valid/accuracy {kind}": accuracy for kind, (accuracy, _) in accuracies.items()})
+    if accuracies["all"][0] < 0.55:
+        run.warn(["the reward model is hardly better than chance; PPO would follow noise"])
     cells = [[kind, f"{accuracy:.3f}", f"{pairs:,}"] for kind, (accuracy, pairs) in accuracies.items()]
     run.say(table([["held-out pairs", "accuracy", "pairs"], *cells]))
-    model.save(run.new("reward"), codec.tokenizer)
+    run.write("reward", partial(model.save, codec.tokenizer))
 
 
 def reward_losses(
@@ -1526,7 +1552,8 @@ def ppo(run: Run) -> None:
         f"{config.num_ppo_epochs} epochs of {config.num_minibatches} minibatches"
     )
     spent: Counter = Counter()
-    for update in run.steps("ppo", config.num_updates):
+    parts = {"policy": models.policy, "value_model": models.value_model, "optimizer": optimizer}
+    for update in run.steps("ppo", config.num_updates, **parts):
         engine.statement()  # what came before is not this update's
         set_lr(optimizer, 1 - update / config.num_updates)
         episodes = range(update * config.batch_size, (update + 1) * config.batch_size)
@@ -1550,10 +1577,14 @@ def ppo(run: Run) -> None:
         costs = engine.statement()
         spent.update({name: seconds for name, seconds in costs.items() if name.startswith("time/")})
         run.log(statistics | {"objective/labeler": sum(watched) / len(watched)} | costs)
+        run.warn(rollout_warnings(statistics))
         if update % config.sample_every == 0:
             show_sample(run, update, valid, codec, models)
+        if config.max_kl is not None and statistics["objective/kl"] > config.max_kl:
+            run.say(f"stopped: KL {statistics['objective/kl']:.2f} exceeds --ppo.max-kl {config.max_kl}")
+            break
     run.say("of these: " + ", ".join(f"{name[5:]} {seconds:.0f} s" for name, seconds in spent.items()))
-    save_model(models.policy, codec.tokenizer, run.new("ppo"))
+    run.write("ppo", partial(save_model, models.policy, codec.tokenizer))
 
 
 def load_models(run: Run) -> Models:
@@ -1708,6 +1739,16 @@ def rollout_statistics(rollout: Rollout, config: PPO) -> dict[str, float]:
         "val/response_tokens": rollout.mask.sum(1).float().mean().item(),
         "val/longest_response": rollout.mask.sum(1).max().item(),
     }
+
+
+def rollout_warnings(statistics: dict[str, float]) -> Iterator[str]:
+    """The well-known bad signs of a PPO update."""
+    if statistics["policy/first_abs_log_ratio"] > 0.02:
+        yield "the first ratio of a batch is not 1: old log-probabilities do not come from the same computation [D14]"
+    if statistics["val/eos_rate"] < 0.5:
+        yield "fewer than half of the responses end: raise --data.response-tokens or lower --ppo.missing-eos-score"
+    if statistics["policy/clipfrac"] > 0.5:
+        yield "over half of the tokens are clipped: the step is too large, lower --ppo.lr"
 
 
 def step_statistics(steps: list[dict[str, float]]) -> dict[str, float]:
@@ -1873,9 +1914,10 @@ def report(
     run.say(f"\n{conclusion}")
     numbers = {writer: {name: x for name, x in row.items() if x == x} for writer, row in means.items()}
     written = [{writer: summaries[i] for writer, summaries in texts.items()} for i in range(len(posts))]
-    write_records(run.folder / "eval.jsonl", [post.fields() | {"summaries": w} for post, w in zip(posts, written)])
+    records = [post.fields() | {"summaries": summaries} for post, summaries in zip(posts, written)]
+    run.write("eval.jsonl", partial(write_records, records))
     record = {"posts": len(posts), "judge": judge, "means": numbers, "comparisons": versus, "verdict": conclusion}
-    (run.folder / "eval.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    run.write("eval.json", partial(write_json, record))
 
 
 def table(rows: list[list[str]]) -> str:
@@ -1917,8 +1959,9 @@ def benchmark(run: Run) -> None:
         model = small_model(config.pretrain, tokenizer, config.seed)
     else:
         tokenizer, model = load_tokenizer(config.model), load_policy(config.model)
-    save_model(model, tokenizer, run.new("sft"))
-    ScalarModel.load(run.sft_model, new_head=rng(config.seed, "reward head")).save(run.new("reward"), tokenizer)
+    run.write("sft", partial(save_model, model, tokenizer))
+    scalar = ScalarModel.load(run.sft_model, new_head=rng(config.seed, "reward head"))
+    run.write("reward", partial(scalar.save, tokenizer))
     peak, bandwidth = machine_limits(engine)
     ppo(run)
     with open(run.folder / "metrics.jsonl", encoding="utf-8") as file:
@@ -1967,7 +2010,7 @@ def benchmark(run: Run) -> None:
     )
     record = {"phases": result, "seconds": total, "updates": len(updates), "flops": peak, "bandwidth": bandwidth}
     record |= {"parameters": model.num_parameters(), "peak_memory": peak_memory(engine.device)}
-    (run.folder / "benchmark.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    run.write("benchmark.json", partial(write_json, record))
 
 
 def machine_limits(engine: Engine) -> tuple[float, float]:
@@ -1990,7 +2033,12 @@ def machine_limits(engine: Engine) -> tuple[float, float]:
 
 @dataclass
 class Engine:
-    """Where and in what pieces models run, and what that cost: seconds, tokens, padding by phase."""
+    """Where and in what pieces models run, and what that cost: seconds, tokens, padding by phase (of process 0).
+
+    Several processes (torchrun) hold the same weights and share the work: groups of rows are dealt out whole, gradients
+    and results summed. The groups, and all randomness, are those of one process: so are the results, up to the order
+    of sums.
+    """
 
     device: torch.device = torch.device("cpu")
     bfloat16: bool = False
@@ -1998,6 +2046,8 @@ class Engine:
     sample_batch_size: int = 256
     max_grad_norm: float = 1.0
     adam_beta2: float = 0.999
+    rank: int = 0
+    world: int = 1
     phase: str = ""
     costs: Counter = field(default_factory=Counter)
 
@@ -2009,11 +2059,40 @@ class Engine:
         bfloat16 = compute.precision == "bfloat16" or (compute.precision == "auto" and device.type == "cuda")
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True  # what is not bfloat16 may use the matrix units too
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         sizes = (compute.micro_batch_size, compute.sample_batch_size, compute.max_grad_norm, compute.adam_beta2)
-        return cls(device, bfloat16, *sizes)
+        many = dist.is_initialized()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
+        return cls(device, bfloat16, *sizes, rank=rank, world=world)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def deal(self, groups: list[list[int]]) -> list[tuple[list[int], bool]]:
+        """This process's groups. One that gets none computes the first without its counting, for sums need all."""
+        return [(rows, True) for rows in groups[self.rank :: self.world]] or [(groups[0], False)]
+
+    def add_up(self, tensors: list[Tensor]) -> None:
+        """Sum each tensor over the processes, in place."""
+        for tensor in tensors if self.world > 1 else ():
+            dist.all_reduce(tensor)
+
+    def gather(self, mine: dict) -> dict:
+        """The union of all processes' dictionaries."""
+        if self.world == 1:
+            return mine
+        parts: list[dict] = [{} for _ in range(self.world)]
+        dist.all_gather_object(parts, mine)
+        return {key: value for part in parts for key, value in part.items()}
+
+    def agree(self, value: object) -> object:
+        """Process 0's value, in all of them; all wait for it."""
+        values = [value]
+        if self.world > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -2058,13 +2137,24 @@ class Run:
         ):
             if function is not None:
                 load_function(flag, function)  # a slip in a name should not wait for the stage that uses it
-        self.folder = fresh_folder(config.out, config.name)
-        self.started, self.entered, self.stage, self.step = time.monotonic(), time.monotonic(), "", 0
+        self.finished: list[str] = []  # stages
+        self.sizes = dict.fromkeys(LOGS, 0)  # of the logs, in bytes, when the last stage had finished
+        self.saved = self.started = self.entered = time.monotonic()
+        self.stage, self.step, self.stopping, self.can_stop = "", 0, False, False
+        self.checkpoint: dict | None = None  # of the stage that is to go on
         self.seconds: dict[str, float] = {}
         self.said: set[str] = set()
-        (self.folder / "config.json").write_text(json.dumps(provenance(config), indent=2, default=str) + "\n")
+        folder = None
+        if self.engine.rank == 0:
+            folder = self.reopen() if config.resume else fresh_folder(config.out, config.name)
+        self.folder = self.engine.agree(folder)
+        if config.resume and self.engine.rank:
+            self.reopen()
+        if not config.resume:
+            self.write("config.json", partial(write_json, provenance(config)))
+            (self.folder / "checkpoint").mkdir(exist_ok=True)
         self.writer = None
-        if config.track:
+        if config.track and self.engine.rank == 0:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -2074,10 +2164,17 @@ class Run:
 
     # where things are
 
-    def new(self, name: str) -> Path:
-        """A subfolder of this run, to write to."""
-        (self.folder / name).mkdir(exist_ok=True)
-        return self.folder / name
+    def write(self, name: str, function: Callable[[Path], None]) -> None:
+        """Let `function` write a file or folder of this run, whole or not at all; process 0 writes, the others wait."""
+        target = self.folder / name
+        if self.engine.rank == 0:
+            target.parent.mkdir(exist_ok=True)
+            part = target.with_name(target.name + ".part")
+            discard(part)
+            function(part)
+            discard(target)
+            part.replace(target)
+        self.engine.agree(None)
 
     def find(self, name: str, remedy: str) -> Path:
         """A file or subfolder of this run or of --from-run, to read from."""
@@ -2167,27 +2264,114 @@ class Run:
     # what a person sees, and what stays
 
     def enter(self, stage: str) -> None:
-        self.leave()
-        self.stage, self.entered = stage, time.monotonic()
+        self.stage, self.entered, self.saved = stage, time.monotonic(), time.monotonic()
         self.say(f"\n== {stage}")
+        if self.config.resume:
+            self.checkpoint = self.newest_checkpoint()
+            self.cut_logs(self.checkpoint["sizes"] if self.checkpoint else self.sizes)
 
     def leave(self) -> None:
-        if self.stage:
-            self.seconds[self.stage] = round(time.monotonic() - self.entered, 1)
-            self.stage = ""
+        """The stage is finished: a resumed run will not repeat it."""
+        self.seconds[self.stage] = round(time.monotonic() - self.entered, 1)
+        self.finished.append(self.stage)
+        self.sizes = self.sizes_of_logs()
+        self.write("checkpoint/finished.json", partial(write_json, {"stages": self.finished, "sizes": self.sizes}))
+        if self.engine.rank == 0:
+            for path in (self.folder / "checkpoint").glob("*.pt"):
+                path.unlink()
 
-    def steps(self, title: str, total: int) -> Iterator[int]:
-        """Step numbers, with a progress bar on a terminal and a line at the end."""
-        start = time.monotonic()
-        with tqdm(total=total, desc=title, disable=None, leave=False) as self.bar:
-            for self.step in range(total):
+    def steps(self, title: str, total: int, **parts: nn.Module | torch.optim.Optimizer) -> Iterator[int]:
+        """Step numbers, with a progress bar on a terminal and a line at the end.
+
+        `parts` is all that steps change: with it, the loop can be interrupted, and goes on where it was.
+        """
+        start, first = time.monotonic(), 0
+        if parts and self.checkpoint is not None:
+            first = self.checkpoint["step"]
+            for name, part in parts.items():
+                part.load_state_dict(self.checkpoint[name])
+            self.checkpoint = None
+            self.say(f"going on after step {first:,} of {total:,}")
+        with tqdm(
+            total=total, initial=first, desc=title, disable=None if self.engine.rank == 0 else True, leave=False
+        ) as self.bar:
+            for self.step in range(first, total):
+                self.can_stop = bool(parts)
                 yield self.step
+                self.can_stop = False
                 self.bar.update()
+                due = time.monotonic() - self.saved >= 60 * self.config.compute.checkpoint_minutes
+                due, stopping = self.engine.agree((due, self.stopping)) if parts else (False, False)
+                if due or stopping:
+                    self.save_checkpoint(self.step + 1, parts)
+                if stopping:
+                    raise KeyboardInterrupt
         self.step = total
         self.say(f"{title}: {total:,} steps in {time.monotonic() - start:.0f} s")
 
+    # checkpoints: all that a stage's steps change, and how long the logs were then
+
+    def save_checkpoint(self, step: int, parts: dict[str, nn.Module | torch.optim.Optimizer]) -> None:
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"stage": self.stage, "step": step, "sizes": self.sizes_of_logs()}
+        self.write(f"checkpoint/{step:08d}.pt", partial(torch.save, state))
+        for old in sorted((self.folder / "checkpoint").glob("*.pt"))[:-2] if self.engine.rank == 0 else ():
+            old.unlink()
+        self.saved = time.monotonic()
+
+    def newest_checkpoint(self) -> dict | None:
+        """The newest usable checkpoint of this stage; torch.load with weights_only runs no code."""
+        for path in sorted((self.folder / "checkpoint").glob("*.pt"), reverse=True):
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                refuse(state["stage"] != self.stage, f"it is of stage {state['stage']}")
+                return state
+            except Exception as error:  # whatever a broken file makes torch.load say
+                self.say_once(f"{path} is not usable ({' '.join(str(error).split())[:80]}); trying the one before")
+        return None
+
+    def reopen(self) -> Path:
+        """The folder of an interrupted run, if its flags were the same."""
+        folder = self.config.out / self.config.name
+        try:
+            before = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"--resume: {folder} is not the folder of a run: {error}") from None
+        finished = not (folder / "checkpoint").is_dir()
+        refuse(finished, f"--resume: {folder} has no checkpoint folder, so it is finished; --from-run can use it")
+        now = json.loads(json.dumps(asdict(self.config), default=str))
+        changed = [name for name in now if now[name] != before.get(name) and name != "resume"]
+        refuse(bool(changed), f"--resume: {folder} was started with other flags: {', '.join(changed)}")
+        path = folder / "checkpoint" / "finished.json"
+        if path.exists():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            self.finished, self.sizes = record["stages"], record["sizes"]
+        return folder
+
+    def sizes_of_logs(self) -> dict[str, int]:
+        return {name: path.stat().st_size if (path := self.folder / name).exists() else 0 for name in LOGS}
+
+    def cut_logs(self, sizes: dict[str, int]) -> None:
+        """Forget what was logged after the checkpoint: it will be logged again."""
+        for name, size in sizes.items() if self.engine.rank == 0 else ():
+            if (self.folder / name).exists():
+                os.truncate(self.folder / name, size)
+
+    def how_to_go_on(self) -> str:
+        return f"go on with the same flags and --name {self.folder.name} --resume"
+
+    def stop(self, *_: object) -> None:
+        """SIGINT or SIGTERM: finish the step and save, where one can; elsewhere, or the second time, end at once."""
+        if self.stopping or not self.can_stop:
+            raise KeyboardInterrupt
+        self.stopping = True
+        self.say("interrupted: finishing this step")
+
     def log(self, statistics: dict[str, float]) -> None:
         """One line of metrics.jsonl; the numbers that matter on the screen."""
+        for name, value in statistics.items():
+            if not math.isfinite(value):
+                raise Diverged(f"{name} is {value} [D22]")
         seconds = round(time.monotonic() - self.started, 3)
         self.save("metrics.jsonl", {"stage": self.stage, "step": self.step, "seconds": seconds} | statistics)
         for name, value in statistics.items() if self.writer else ():
@@ -2198,11 +2382,19 @@ class Run:
             self.say(f"{self.step + 1:4d}  {shown}  {seconds - self.entered + self.started:.0f} s")
 
     def save(self, name: str, record: dict) -> None:
+        if self.engine.rank:
+            return
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
     def say(self, text: str) -> None:
-        tqdm.write(text, file=sys.stdout)
+        if self.engine.rank == 0:
+            tqdm.write(text, file=sys.stdout)
+
+    def warn(self, warnings: Iterable[str]) -> None:
+        """Once each."""
+        for warning in warnings:
+            self.say_once(f"warning: {warning}")
 
     def say_once(self, text: str) -> None:
         if text not in self.said:
@@ -2224,9 +2416,10 @@ class Run:
                     self.say(f"note: {config.from_run} had {name} {was!r}, this run has {now!r}")
 
     def finish(self) -> None:
-        self.leave()
         if self.writer:
             self.writer.close()
+        if self.engine.rank == 0:
+            discard(self.folder / "checkpoint")
         self.say("\ntime: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items()))
         self.say(f"peak memory: {peak_memory(self.engine.device)}")
         self.say(f"written to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
@@ -2254,6 +2447,17 @@ SHOWN = {
     "policy/approxkl": "approxkl",
     "val/eos_rate": "eos",
 }
+
+
+LOGS = ("metrics.jsonl", "samples.jsonl")
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder, where there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def fresh_folder(out: Path, name: str | None) -> Path:
@@ -2292,12 +2496,23 @@ def start(config: Config) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     run = Run(config)
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, run.stop)
     run.introduce()
-    for stage in config.stages:
-        if not config.is_given(stage):
-            run.enter(stage)
-            globals()[stage](run)
+    try:
+        for stage in config.stages:
+            if not config.is_given(stage) and stage not in run.finished:
+                run.enter(stage)
+                globals()[stage](run)
+                run.leave()
+    except Diverged as error:
+        raise Diverged(f"{run.stage}, step {run.step + 1}: {error}; {run.how_to_go_on()}") from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(run.how_to_go_on()) from None
     run.finish()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main() -> None:
@@ -2306,8 +2521,8 @@ def main() -> None:
     except (InputError, OSError) as error:  # OSError: a disk that is full or read-only
         print(f"pmo: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("pmo: interrupted; finished stages can be used with --from-run", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"pmo: interrupted; {error}", file=sys.stderr)
         sys.exit(130)
 
 
