@@ -1551,7 +1551,6 @@ def ppo(run: Run) -> None:
         f"{config.num_updates} updates of {config.batch_size} responses, "
         f"{config.num_ppo_epochs} epochs of {config.num_minibatches} minibatches"
     )
-    spent: Counter = Counter()
     parts = {"policy": models.policy, "value_model": models.value_model, "optimizer": optimizer}
     for update in run.steps("ppo", config.num_updates, **parts):
         engine.statement()  # what came before is not this update's
@@ -1574,16 +1573,13 @@ def ppo(run: Run) -> None:
                 steps.append(optimizer_step(engine, optimizer, groups, losses))
         watched = [labeler.score(posts[i], codec.text(r)) for i, r in zip(picked, rollout.batch.responses)]
         statistics = rollout_statistics(rollout, config) | step_statistics(steps)
-        costs = engine.statement()
-        spent.update({name: seconds for name, seconds in costs.items() if name.startswith("time/")})
-        run.log(statistics | {"objective/labeler": sum(watched) / len(watched)} | costs)
+        run.log(statistics | {"objective/labeler": sum(watched) / len(watched)} | engine.statement())
         run.warn(rollout_warnings(statistics))
         if update % config.sample_every == 0:
             show_sample(run, update, valid, codec, models)
         if config.max_kl is not None and statistics["objective/kl"] > config.max_kl:
             run.say(f"stopped: KL {statistics['objective/kl']:.2f} exceeds --ppo.max-kl {config.max_kl}")
             break
-    run.say("of these: " + ", ".join(f"{name[5:]} {seconds:.0f} s" for name, seconds in spent.items()))
     run.write("ppo", partial(save_model, models.policy, codec.tokenizer))
 
 
@@ -1968,49 +1964,50 @@ def benchmark(run: Run) -> None:
         updates = [json.loads(line) for line in file]
     updates = updates[1:] or updates  # the first one warms up
     cost = {name: float(np.median([u[name] for u in updates])) for name in updates[0] if "/" in name}
+    operations, moved = work_of_an_update(model, cost, config.ppo, engine)
+    phases = {
+        phase: {
+            "seconds": cost[f"time/{phase}"],
+            "tokens_per_second": cost[f"tokens/{phase}"] / cost[f"time/{phase}"],
+            "padding": cost[f"padding/{phase}"],
+            "share_of_peak_flops": flop / cost[f"time/{phase}"] / peak,
+            "share_of_bandwidth": moved / cost[f"time/{phase}"] / bandwidth if phase == "sampling" else math.nan,
+        }
+        for phase, flop in operations.items()
+    }
+    cells = [[phase, *(f"{x:.3g}" if x == x else "" for x in row.values())] for phase, row in phases.items()]
+    run.say(table([["median of an update", *phases["sampling"]], *cells]))
+    total = sum(row["seconds"] for row in phases.values())
+    measured = f"{peak / 1e12:.3g} TFLOP/s, {bandwidth / 1e9:.3g} GB/s"
+    run.say(f"{total:.2f} s per update; a matrix product and a copy reach {measured} here")
+    del phases["forwards"]["share_of_bandwidth"], phases["training"]["share_of_bandwidth"]
+    record = {"phases": phases, "seconds": total, "updates": len(updates), "flops": peak, "bandwidth": bandwidth}
+    record |= {"parameters": model.num_parameters(), "peak_memory": peak_memory(engine.device)}
+    run.write("benchmark.json", partial(write_json, record))
 
+
+def work_of_an_update(
+    model: PreTrainedModel, cost: dict[str, float], config: PPO, engine: Engine
+) -> tuple[dict[str, float], float]:
+    """Operations that each phase needs for its tokens, padding not counted, and bytes that sampling must read."""
     # Two operations per weight and token forward, four more backward; attention's own are left out.
-    head = model.get_output_embeddings().weight.numel()
-    embeddings = model.get_input_embeddings().weight.numel()
-    body = model.num_parameters() - embeddings - (head if head and not model.config.tie_word_embeddings else 0)
-    value, scored = config.ppo.value_model == "separate", config.ppo.reward_function is None
-    written, rows, epochs = cost["tokens/sampling"], config.ppo.batch_size, config.ppo.num_ppo_epochs
+    head, shape = model.get_output_embeddings().weight.numel(), model.config
+    body = model.num_parameters() - head * (1 if shape.tie_word_embeddings else 2)
+    value, scored = config.value_model == "separate", config.reward_function is None
+    written, rows, epochs = cost["tokens/sampling"], config.batch_size, config.num_ppo_epochs
     read = cost["tokens/training"] / epochs  # queries and responses, once
     operations = {
         "sampling": 2 * body * read + 2 * head * written,
         "forwards": 2 * body * read * (2 + value + scored) + 2 * 2 * head * written,
         "training": 6 * (body * read * (1 + value) + head * written) * epochs,
     }
-    # Each step of sampling reads the weights once, and each row's keys and values of what came before.
+    # A step of sampling reads the weights once, and for each row the keys and values of all that came before.
     steps = math.ceil(rows / engine.sample_batch_size) * cost["val/longest_response"]
-    size, shape = (2 if engine.bfloat16 else 4), model.config
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     width = heads * (getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads)
     context = (read - written / 2) / rows
-    moved = size * ((body + head) * steps + 2 * shape.num_hidden_layers * width * context * written)
-    result = {}
-    for phase, flop in operations.items():
-        seconds = cost[f"time/{phase}"]
-        result[phase] = {
-            "seconds": seconds,
-            "tokens_per_second": cost[f"tokens/{phase}"] / seconds,
-            "padding": cost[f"padding/{phase}"],
-            "share_of_peak_flops": flop / seconds / peak,
-            "share_of_bandwidth": moved / seconds / bandwidth if phase == "sampling" else None,
-        }
-    names = list(result["sampling"])
-    cells = [
-        [phase, *(f"{row[name]:.3g}" if row[name] is not None else "" for name in names)]
-        for phase, row in result.items()
-    ]
-    run.say(table([["median of an update", *names], *cells]))
-    total = sum(row["seconds"] for row in result.values())
-    run.say(
-        f"{total:.2f} s per update; this machine: {peak / 1e12:.3g} TFLOP/s, {bandwidth / 1e9:.3g} GB/s, as measured"
-    )
-    record = {"phases": result, "seconds": total, "updates": len(updates), "flops": peak, "bandwidth": bandwidth}
-    record |= {"parameters": model.num_parameters(), "peak_memory": peak_memory(engine.device)}
-    run.write("benchmark.json", partial(write_json, record))
+    numbers = (body + head) * steps + 2 * shape.num_hidden_layers * width * context * written
+    return operations, numbers * (2 if engine.bfloat16 else 4)
 
 
 def machine_limits(engine: Engine) -> tuple[float, float]:
@@ -2049,7 +2046,8 @@ class Engine:
     rank: int = 0
     world: int = 1
     phase: str = ""
-    costs: Counter = field(default_factory=Counter)
+    costs: Counter = field(default_factory=Counter)  # since the start
+    stated: Counter = field(default_factory=Counter)  # what earlier statements held
 
     @classmethod
     def start(cls, compute: Compute) -> Engine:
@@ -2114,7 +2112,7 @@ class Engine:
 
     def statement(self) -> dict[str, float]:
         """Costs since the last statement; padding is a share of all slots computed."""
-        costs, self.costs = self.costs, Counter()
+        costs, self.stated = self.costs - self.stated, Counter(self.costs)
         slots = {name: costs.pop(name) for name in list(costs) if name.startswith("slots/")}
         padding = {f"padding/{name[6:]}": 1 - costs[f"tokens/{name[6:]}"] / n for name, n in slots.items()}
         return {name: round(cost, 3) for name, cost in costs.items()} | padding
@@ -2285,7 +2283,7 @@ class Run:
 
         `parts` is all that steps change: with it, the loop can be interrupted, and goes on where it was.
         """
-        start, first = time.monotonic(), 0
+        start, before, first = time.monotonic(), Counter(self.engine.costs), 0
         if parts and self.checkpoint is not None:
             first = self.checkpoint["step"]
             for name, part in parts.items():
@@ -2307,7 +2305,9 @@ class Run:
                 if stopping:
                     raise KeyboardInterrupt
         self.step = total
-        self.say(f"{title}: {total:,} steps in {time.monotonic() - start:.0f} s")
+        spent = (self.engine.costs - before).items()
+        phases = ", ".join(f"{name[5:]} {cost:.0f} s" for name, cost in spent if name.startswith("time/"))
+        self.say(f"{title}: {total - first:,} steps in {time.monotonic() - start:.0f} s ({phases})")
 
     # checkpoints: all that a stage's steps change, and how long the logs were then
 

@@ -4089,7 +4089,7 @@ MUTANTS = [
     Mutant("padding is a share of tokens", "test_costs_are_counted_once", '1 - costs[f"tokens/{name[6:]}"] / n', 'n / costs[f"tokens/{name[6:]}"] - 1'),
     Mutant("scoring is not counted", "test_costs_are_counted_once", "layout = engine.lay_out(batch[rows])\n            with", "layout = lay_out(batch[rows], engine.device)\n            with"),
     Mutant("training counts two passes per operation", "test_a_benchmark_says_where_the_time_goes", '"training": 6 * (', '"training": 4 * ('),
-    Mutant("the cache is read once per row", "test_a_benchmark_says_where_the_time_goes", "width * context * written)", "width * context * rows)"),
+    Mutant("the cache is read once per row", "test_a_benchmark_says_where_the_time_goes", "width * context * written\n", "width * context * rows\n"),
     Mutant("a resumed run starts its stage anew", "test_a_killed_run_goes_on_as_if_nothing_had_happened", "                part.load_state_dict(self.checkpoint[name])", "                pass"),
     Mutant("work is dealt twice", "test_work_is_dealt_once", "groups[self.rank :: self.world]]", "groups[self.rank :]]"),
     Mutant("a process without work counts the first group", "test_work_is_dealt_once", "or [(groups[0], False)]", "or [(groups[0], True)]"),
