@@ -1030,7 +1030,7 @@ def load_pretrained(auto: type, folder: str | Path, **options: object):
     refuse(looks_local and not Path(folder).is_dir(), f"{folder}: no such folder")
     try:
         return auto.from_pretrained(folder, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # whatever a broken folder makes transformers raise
         raise InputError(f"{folder}: cannot load: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -1958,8 +1958,10 @@ def benchmark(run: Run) -> None:
     run.write("sft", partial(save_model, model, tokenizer))
     scalar = ScalarModel.load(run.sft_model, new_head=rng(config.seed, "reward head"))
     run.write("reward", partial(scalar.save, tokenizer))
+    del model, scalar
     peak, bandwidth = machine_limits(engine)
     ppo(run)
+    model = load_policy(run.sft_model)
     with open(run.folder / "metrics.jsonl", encoding="utf-8") as file:
         updates = [json.loads(line) for line in file]
     updates = updates[1:] or updates  # the first one warms up

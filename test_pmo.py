@@ -3844,6 +3844,76 @@ def test_divergence_names_stage_and_step():
     assert "sft, step " in message and "nan" in message and "--name diverges --resume" in message
 
 
+@law(
+    "hostile model folders (weights that are a program, code of their own, wrong shapes, half a file) are refused, and "
+    "nothing in them runs",
+    "README: models; transformers' own safety is not taken for granted", *RUN_NEEDS, "load_policy", "ScalarModel",
+)  # fmt: skip
+def test_hostile_model_folders_run_nothing():
+    import pickle
+    import shutil
+
+    proof = workshop() / "it ran"
+
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch '{proof}'",)
+
+    def pickled(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Bomb()}))
+
+    def torch_pickled(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        torch.save({"weight": Bomb()}, folder / "pytorch_model.bin")
+
+    def remote(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        maps = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel",
+                "AutoModelForSequenceClassification": "evil.EvilModel"}  # fmt: skip
+        (folder / "config.json").write_text(json.dumps(config | {"model_type": "evil", "auto_map": maps}))
+        (folder / "evil.py").write_text(f"import os\nos.system(\"touch '{proof}'\")\n")
+
+    def misshapen(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+
+    def halved(folder: Path) -> None:
+        weights = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+
+    def emptied(folder: Path) -> None:
+        (folder / "config.json").write_text("{}")
+
+    for spoil in (pickled, torch_pickled, remote, misshapen, halved, emptied):
+        for stage, load in (("sft", impl.load_policy), ("reward", impl.ScalarModel.load)):
+            folder = workshop() / f"hostile {spoil.__name__} {stage}"
+            shutil.copytree(finished_run() / stage, folder)
+            spoil(folder)
+            message = config_error(lambda load=load, folder=folder: load(folder))
+            assert str(folder) in message and "\n" not in message
+            assert not proof.exists(), f"{spoil.__name__}: its code ran"
+
+
+@law(
+    "posts of any length, with special tokens' text or odd characters in them, become queries within the limit, in time that "
+    "grows with their length at most",
+    "an input is an attack until it is encoded", "Codec", "Post",
+    post=st.one_of(
+        st.text(max_size=400), st.sampled_from(["<|endoftext|>" * 30, "<|padding|>", "\n" * 5000, "a" * 1_000_000, "\x00", "🙂" * 999]),
+        st.lists(st.sampled_from(["word ", "\n", "<|endoftext|>", "\u202e", "é"]), max_size=300).map("".join),
+    ),
+)  # fmt: skip
+def test_any_post_becomes_a_query(post):
+    if not hasattr(test_any_post_becomes_a_query, "tokenizer"):
+        test_any_post_becomes_a_query.tokenizer = tiny_tokenizer()
+    codec = impl.Codec(test_any_post_becomes_a_query.tokenizer, impl.Data(query_tokens=40))
+    (query,) = codec.queries([impl.Post("a", "b", post, "c")])
+    assert 0 < len(query) <= 40 and codec.eos_id not in query and codec.tokenizer.pad_token_id not in query
+    (response,) = codec.responses([post])
+    assert response.count(codec.eos_id) == 1 and response[-1] == codec.eos_id
+
+
 # -----------------------------------------------------------------------------
 # on a GPU
 
