@@ -67,7 +67,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -934,9 +934,10 @@ def build_corpus(documents: Iterator[tuple[str, Post]]) -> dict[str, list[Post]]
 class Labeler:
     """The default run's stand-in for the human: which of two summaries is more about *this* post?
 
-    TF-IDF cosine between summary and post (title counted twice), document frequencies from the training posts. Words
-    that fit every post weigh next to nothing, so style earns nothing: on another post a summary scores about 0.
-    Scores make comparisons and judge the end result; reward model and PPO never see them.
+    TF-IDF cosine between summary and post (title counted twice), document frequencies from the training posts, times
+    the share of the summary's word pairs that are distinct (distinct-2, Li et al. 2016, arXiv 1510.03055). Words that
+    fit every post weigh next to nothing, so style earns nothing: on another post a summary scores about 0. Repeating
+    oneself costs. Scores make comparisons and judge the end result; reward model and PPO never see them.
     """
 
     def __init__(self, posts: Sequence[Post]) -> None:
@@ -957,9 +958,11 @@ class Labeler:
         return {word: x / norm for word, x in raw.items()}
 
     def score(self, post: Post, summary: str) -> float:
-        """Cosine similarity in [0, 1]."""
-        about = self.weights(self.words(post))
-        return sum(weight * about.get(word, 0.0) for word, weight in self.weights(self.words(summary)).items())
+        """In [0, 1]."""
+        about, words = self.weights(self.words(post)), self.words(summary)
+        cosine = sum(weight * about.get(word, 0.0) for word, weight in self.weights(words).items())
+        pairs = list(pairwise(words))
+        return cosine * (len(set(pairs)) / len(pairs) if pairs else 1.0)
 
 
 def rouge_l(summary: str, reference: str) -> float:
@@ -2027,7 +2030,7 @@ def machine_limits(engine: Engine) -> tuple[float, float]:
 
 
 # -----------------------------------------------------------------------------
-# runtime: device, folders, log, screen. No algorithm.
+# runtime: devices and processes, folders, log, screen, checkpoints. No algorithm.
 
 
 @dataclass
@@ -2498,9 +2501,8 @@ def start(config: Config) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     run = Run(config)
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, run.stop)
+    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, run.stop) for number in signals}
     run.introduce()
     try:
         for stage in config.stages:
@@ -2512,6 +2514,9 @@ def start(config: Config) -> None:
         raise Diverged(f"{run.stage}, step {run.step + 1}: {error}; {run.how_to_go_on()}") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(run.how_to_go_on()) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     run.finish()
     if dist.is_initialized():
         dist.destroy_process_group()
