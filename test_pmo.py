@@ -2556,7 +2556,7 @@ def test_the_report_names_the_winner_at_each_temperature():
 def test_a_runs_own_folder_comes_first():
     run = impl.Run(tiny_config("own first", from_run=finished_run()))
     assert run.find("sft", "") == finished_run() / "sft"
-    run.new("sft")
+    run.write("sft", Path.mkdir)
     assert run.find("sft", "") == run.folder / "sft"
     with pytest.raises(impl.InputError, match="do something"):
         run.find("nothing", "do something")
