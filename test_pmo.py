@@ -3759,6 +3759,43 @@ def test_resuming_something_else_is_refused():
 
 
 @law(
+    "a checkpoint restores weights, optimizer, step and logs; two are kept",
+    "README: Resume", *RESUME_NEEDS,
+)  # fmt: skip
+def test_a_checkpoint_restores_what_steps_change():
+    def parts() -> dict:
+        x = torch.nn.Linear(2, 1)
+        return {"model": x, "optimizer": impl.adamw({"params": x.parameters(), "lr": 0.1})}
+
+    def run_steps(run, mine: dict, last: int) -> list[int]:
+        run.enter("sft")
+        seen = []
+        for step in run.steps("sft", 6, **mine):
+            seen.append(step)
+            mine["optimizer"].zero_grad()
+            mine["model"](torch.ones(2)).square().sum().backward()
+            mine["optimizer"].step()
+            run.log({"x": mine["model"].weight.sum().item()})
+            if step == last:
+                break
+        return seen
+
+    config = tiny_config("restored", compute=impl.Compute(checkpoint_minutes=0.0))
+    first, second = parts(), parts()
+    untouched = {k: v.clone() for k, v in first["model"].state_dict().items()}
+    run = impl.Run(config)
+    assert run_steps(run, first, last=3) == [0, 1, 2, 3]  # killed in the fourth step, after its log
+    assert [path.name for path in sorted((run.folder / "checkpoint").glob("*.pt"))] == ["00000002.pt", "00000003.pt"]
+    assert run_steps(impl.Run(replace(config, resume=True)), second, last=9) == [3, 4, 5]
+    whole = parts()
+    whole["model"].load_state_dict(untouched)
+    run_steps(impl.Run(replace(config, name="not interrupted")), whole, last=9)
+    for name, weight in whole["model"].state_dict().items():
+        assert weight.equal(second["model"].state_dict()[name])
+    assert metrics_of(run.folder) == metrics_of(workshop() / "runs" / "not interrupted")
+
+
+@law(
     "two and three processes give the run of one: the same texts, and metrics within 1e-4",
     "D20, D25; README: Many processes", *RESUME_NEEDS,
 )  # fmt: skip
@@ -4095,7 +4132,7 @@ MUTANTS = [
     Mutant("Adam has its default eps", "test_optimizer_steps_are_adams_with_clipped_gradients", "eps=1e-5", "eps=1e-8"),
     Mutant("weights decay", "test_optimizer_steps_are_adams_with_clipped_gradients", "weight_decay=0.0", "weight_decay=0.01"),
     Mutant("gradients are not clipped", "test_optimizer_steps_are_adams_with_clipped_gradients", "engine.max_grad_norm or math.inf", "math.inf"),
-    Mutant("non-finite losses are stepped on", "test_non_finite_losses_stop_before_the_step", "refuse(not math.isfinite(value)", "refuse(False"),
+    Mutant("non-finite losses are stepped on", "test_non_finite_losses_stop_before_the_step", "if not math.isfinite(value):\n                raise Diverged(f\"{name} is {value}, so", "if False:\n                raise Diverged(f\"{name} is {value}, so"),
     Mutant("warm-up starts at 0", "test_schedules_rise_and_fall", "min(1.0, (step + 1) / max", "min(1.0, step / max"),
     Mutant("a missing EOS costs nothing", "test_rewards_follow_the_flags", "scores = penalize_missing_eos(rollout.scores, rollout.has_eos, config.missing_eos_score)\n    kl =", "scores = rollout.scores\n    kl ="),
     Mutant("KL is charged twice", "test_rewards_follow_the_flags", 'config.kl_coef if config.kl_in == "reward" else 0.0', "config.kl_coef"),
@@ -4163,11 +4200,14 @@ MUTANTS = [
     Mutant("scoring is not counted", "test_costs_are_counted_once", "layout = engine.lay_out(batch[rows])\n            with", "layout = lay_out(batch[rows], engine.device)\n            with"),
     Mutant("training counts two passes per operation", "test_a_benchmark_says_where_the_time_goes", '"training": 6 * (', '"training": 4 * ('),
     Mutant("the cache is read once per row", "test_a_benchmark_says_where_the_time_goes", "width * context * written\n", "width * context * rows\n"),
-    Mutant("a resumed run starts its stage anew", "test_a_killed_run_goes_on_as_if_nothing_had_happened", "                part.load_state_dict(self.checkpoint[name])", "                pass"),
+    Mutant("a resumed run starts its stage anew", "test_a_checkpoint_restores_what_steps_change", "                part.load_state_dict(self.checkpoint[name])", "                pass"),
     Mutant("work is dealt twice", "test_work_is_dealt_once", "groups[self.rank :: self.world]]", "groups[self.rank :]]"),
     Mutant("a process without work counts the first group", "test_work_is_dealt_once", "or [(groups[0], False)]", "or [(groups[0], True)]"),
     Mutant("other flags may resume", "test_resuming_something_else_is_refused", "refuse(bool(changed), f", "refuse(False, f"),
     Mutant("a checkpoint of another stage is used", "test_resuming_something_else_is_refused", 'refuse(state["stage"] != self.stage', 'refuse(False'),
+    Mutant("a resumed run repeats a step", "test_a_checkpoint_restores_what_steps_change", "self.save_checkpoint(self.step + 1, parts)", "self.save_checkpoint(self.step, parts)"),
+    Mutant("logs are not cut", "test_a_checkpoint_restores_what_steps_change", "os.truncate(self.folder / name, size)", "pass"),
+    Mutant("all checkpoints are kept", "test_a_checkpoint_restores_what_steps_change", '.glob("*.pt"))[:-2]', '.glob("*.pt"))[:0]'),
     # whole runs
     Mutant("the learning rate stays up", "test_a_run_logs_finite_numbers_and_ratio_one", "set_lr(optimizer, 1 - update / config.num_updates)", "set_lr(optimizer, 1.0)"),
     Mutant("the reference learns with the policy", "test_frozen_models_stay_frozen", "policy, ref_policy = load_policy(run.sft_model), load_policy(run.sft_model).requires_grad_(False)", "policy = ref_policy = load_policy(run.sft_model)"),
