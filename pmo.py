@@ -67,7 +67,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -342,8 +342,8 @@ class Compute:
     """Clip the gradient (of policy and value model together) to this norm; 0 never [D22]. Paper: none."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints, of which two are kept until the run ends; 0 after every step."""
-    adam_beta2: float = 0.97
-    """AdamW's memory of squared gradients [D21]. Models from scratch learn faster with a short one. Paper: 0.999."""
+    adam_beta2: float = 0.999
+    """AdamW's memory of squared gradients [D21]; models from scratch learn faster with 0.95 to 0.98. Paper: 0.999."""
 
     def __post_init__(self) -> None:
         require(self, "compute", 1, "micro_batch_size", "sample_batch_size")
@@ -934,10 +934,9 @@ def build_corpus(documents: Iterator[tuple[str, Post]]) -> dict[str, list[Post]]
 class Labeler:
     """The default run's stand-in for the human: which of two summaries is more about *this* post?
 
-    TF-IDF cosine between summary and post (title counted twice), document frequencies from the training posts, times
-    the share of the summary's word pairs that are distinct (distinct-2, Li et al. 2016, arXiv 1510.03055). Words that
-    fit every post weigh next to nothing, so style earns nothing: on another post a summary scores about 0. Repeating
-    oneself costs. Scores make comparisons and judge the end result; reward model and PPO never see them.
+    TF-IDF cosine between summary and post (title counted twice), document frequencies from the training posts. Words
+    that fit every post weigh next to nothing, so style earns nothing: on another post a summary scores about 0.
+    Scores make comparisons and judge the end result; reward model and PPO never see them.
     """
 
     def __init__(self, posts: Sequence[Post]) -> None:
@@ -958,11 +957,9 @@ class Labeler:
         return {word: x / norm for word, x in raw.items()}
 
     def score(self, post: Post, summary: str) -> float:
-        """In [0, 1]."""
-        about, words = self.weights(self.words(post)), self.words(summary)
-        cosine = sum(weight * about.get(word, 0.0) for word, weight in self.weights(words).items())
-        pairs = list(pairwise(words))
-        return cosine * (len(set(pairs)) / len(pairs) if pairs else 1.0)
+        """Cosine similarity in [0, 1]."""
+        about = self.weights(self.words(post))
+        return sum(weight * about.get(word, 0.0) for word, weight in self.weights(self.words(summary)).items())
 
 
 def rouge_l(summary: str, reference: str) -> float:

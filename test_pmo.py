@@ -2602,8 +2602,8 @@ def test_reward_accuracies_are_shares_of_pairs():
 
 
 @law(
-    "the labeler's score is the TF-IDF cosine with the post, its title counted twice, times the share of distinct word pairs",
-    "README: the labeler; Salton & Buckley 1988 for TF-IDF, Li et al. 2016 for distinct-2", "Labeler", "Post",
+    "the labeler's score is the TF-IDF cosine with the post, its title counted twice",
+    "README: the labeler; Salton & Buckley 1988 for TF-IDF", "Labeler", "Post",
 )  # fmt: skip
 def test_the_labelers_score_is_the_cosine_it_says():
     words = "amber birch cedar daisy elder".split()
@@ -2619,10 +2619,9 @@ def test_the_labelers_score_is_the_cosine_it_says():
         }
         return {w: x / math.sqrt(sum(y * y for y in raw.values())) for w, x in raw.items()}
 
-    summaries = {"amber elder elder elder": 2 / 3, "cedar": 1, "daisy cedar amber": 1, "amber elder amber elder": 2 / 3}
-    for summary, distinct in summaries.items():
+    for summary in ("amber elder elder elder", "cedar", "daisy cedar amber"):
         one, two = unit("cedar cedar amber amber elder"), unit(summary)
-        expected = distinct * sum(x * one.get(w, 0.0) for w, x in two.items())
+        expected = sum(x * one.get(w, 0.0) for w, x in two.items())
         assert 0.1 < expected and labeler.score(post, summary) == pytest.approx(expected)
 
 
@@ -3592,7 +3591,6 @@ def test_the_labeler_judges_the_post_not_the_style():
     assert labeler.score(posts[0], "") == 0
     for post in posts[:12]:
         assert 0 <= labeler.score(post, post.post) <= 1 + 1e-9
-    assert labeler.score(posts[0], "cats like cats like cats") < labeler.score(posts[0], "cats like cats")
 
 
 # -----------------------------------------------------------------------------
@@ -4170,7 +4168,6 @@ MUTANTS = [
     Mutant("test posts are trained on", "test_the_splits_of_the_corpus_share_no_file", "posts += unused.pop()", "posts += unused.pop() if len(posts) + 10 < (size or 10**9) else unused[-1]"),
     Mutant("win rates are the loser's", "test_the_report_names_the_winner_at_each_temperature", "compare_marks(marks[a], marks[b], prefer(a, b))", "compare_marks(marks[a], marks[b], prefer(b, a))"),
     Mutant("the verdict exchanges the temperatures", "test_the_report_names_the_winner_at_each_temperature", "for t in (cold, warm)), cold, warm", "for t in (warm, cold)), cold, warm"),
-    Mutant("repeating oneself is free", "test_the_labelers_score_is_the_cosine_it_says", "return cosine * (len(set(pairs)) / len(pairs) if pairs else 1.0)", "return cosine"),
     Mutant("the title counts once", "test_the_labelers_score_is_the_cosine_it_says", 'f"{text.title} {text.title} {text.post}"', 'f"{text.title} {text.post}"'),
     Mutant("term frequency is not damped", "test_the_labelers_score_is_the_cosine_it_says", "(1 + math.log(count)) * idf", "count * idf"),
     Mutant("comparisons are drawn at temperature 1", "test_comparisons_are_best_against_worst_at_ppos_temperature", "uniforms, config.ppo.temperature, codec.eos_id, run.engine)", "uniforms, 1.0, codec.eos_id, run.engine)"),
