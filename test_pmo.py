@@ -3230,6 +3230,47 @@ def test_bad_input_gives_one_line_and_exit_code_2():
 
 
 @law(
+    "sorting, trimming, padding on the right and a head on response positions only change no gradient: each is that of whole "
+    "rows, one by one, through the whole model",
+    "README: Speed", *ENGINE_NEEDS, "ppo_losses", "roll_out", "micro_batches",
+)  # fmt: skip
+def test_the_fast_path_has_the_plain_paths_gradient():
+    for family in ("neox", "llama"):
+        models, config = (
+            tiny_models(family),
+            impl.PPO(batch_size=8, num_minibatches=1, total_episodes=8, temperature=0.7),
+        )
+        rollout = tiny_rollout(models, config)
+        advantages, returns = advantages_and_returns(rollout, config)
+        with torch.no_grad():  # away from the rollout's policy, so that some ratios are clipped
+            for parameter in (*models.policy.parameters(), *models.value_model.parameters()):
+                parameter.add_(0.02 * torch.sin(torch.arange(parameter.numel())).view_as(parameter))
+        for rows in impl.micro_batches(rollout.batch.lengths, range(8), 3):
+            impl.ppo_losses(models, rollout, advantages, returns, list(range(8)), config, engine(3), rows)[
+                "loss"
+            ].backward()
+        trained = [p for m in (models.policy, models.value_model) for p in m.parameters() if p.requires_grad]
+        fast = [p.grad.clone() for p in trained]
+        for p in trained:
+            p.grad = None
+        tokens = sum(map(len, rollout.batch.responses))
+        for i, (query, response) in enumerate(zip(rollout.batch.queries, rollout.batch.responses)):
+            row, n = torch.tensor([query + response]), len(response)
+            logits = models.policy(input_ids=row).logits[0, len(query) - 1 : -1]
+            logprobs = (logits / 0.7).log_softmax(-1)[range(n), response]
+            hidden = models.value_model.classifier.base_model(input_ids=row).last_hidden_state[0, len(query) - 1 : -1]
+            values = models.value_model.classifier.score(hidden)[:, 0] + models.value_model.bias
+            ratio, A = (logprobs - rollout.logprobs[i, :n]).exp(), advantages[i, :n]
+            policy = -torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A)
+            old, R = rollout.values[i, :n], returns[i, :n]
+            value = torch.max((values - R) ** 2, (old + (values - old).clamp(-0.2, 0.2) - R) ** 2) / 2
+            ((policy + 0.1 * value).sum() / tokens).backward()
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in trained))
+        for p, gradient in zip(trained, fast):
+            assert (p.grad - gradient).norm().item() <= 1e-4 * norm
+
+
+@law(
     "an update's costs are counted once: every response token sampled, three passes forward, one per epoch in training; "
     "padding is the share of computed slots that hold no token",
     "README: Speed", *RUN_NEEDS, "Engine", "lay_out",
