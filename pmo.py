@@ -1551,6 +1551,7 @@ def ppo(run: Run) -> None:
         f"{config.num_updates} updates of {config.batch_size} responses, "
         f"{config.num_ppo_epochs} epochs of {config.num_minibatches} minibatches"
     )
+    history: list[dict[str, float]] = []
     parts = {"policy": models.policy, "value_model": models.value_model, "optimizer": optimizer}
     for update in run.steps("ppo", config.num_updates, **parts):
         engine.statement()  # what came before is not this update's
@@ -1573,8 +1574,9 @@ def ppo(run: Run) -> None:
                 steps.append(optimizer_step(engine, optimizer, groups, losses))
         watched = [labeler.score(posts[i], codec.text(r)) for i, r in zip(picked, rollout.batch.responses)]
         statistics = rollout_statistics(rollout, config) | step_statistics(steps)
-        run.log(statistics | {"objective/labeler": sum(watched) / len(watched)} | engine.statement())
-        run.warn(rollout_warnings(statistics))
+        history.append(statistics | {"objective/labeler": sum(watched) / len(watched)})
+        run.log(history[-1] | engine.statement())
+        run.warn(bad_signs(history))
         if update % config.sample_every == 0:
             show_sample(run, update, valid, codec, models)
         if config.max_kl is not None and statistics["objective/kl"] > config.max_kl:
@@ -1737,14 +1739,22 @@ def rollout_statistics(rollout: Rollout, config: PPO) -> dict[str, float]:
     }
 
 
-def rollout_warnings(statistics: dict[str, float]) -> Iterator[str]:
-    """The well-known bad signs of a PPO update."""
-    if statistics["policy/first_abs_log_ratio"] > 0.02:
+def bad_signs(history: list[dict[str, float]]) -> Iterator[str]:
+    """What the statistics of the updates so far warn of."""
+    last, quarter = history[-1], len(history) // 4
+    if last["policy/first_abs_log_ratio"] > 0.02:
         yield "the first ratio of a batch is not 1: old log-probabilities do not come from the same computation [D14]"
-    if statistics["val/eos_rate"] < 0.5:
+    if last["val/eos_rate"] < 0.5:
         yield "fewer than half of the responses end: raise --data.response-tokens or lower --ppo.missing-eos-score"
-    if statistics["policy/clipfrac"] > 0.5:
+    if last["policy/clipfrac"] > 0.5:
         yield "over half of the tokens are clipped: the step is too large, lower --ppo.lr"
+    if quarter >= 2:
+        means = [
+            {name: sum(update[f"objective/{name}"] for update in part) / quarter for name in ("scores", "labeler")}
+            for part in (history[:quarter], history[-quarter:])
+        ]
+        if means[1]["scores"] > means[0]["scores"] and means[1]["labeler"] < 0.9 * means[0]["labeler"]:
+            yield "scores rise while the labeler's fall: reward hacking, raise --ppo.kl-coef"
 
 
 def step_statistics(steps: list[dict[str, float]]) -> dict[str, float]:

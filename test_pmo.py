@@ -3879,16 +3879,20 @@ def test_work_is_dealt_once(groups, world):
 
 @law(
     "PPO warns of the well-known bad signs, once each, and stops at the KL it is told to",
-    "[4], figure 'ratio'; README: what to watch", *RUN_NEEDS, "rollout_warnings",
+    "D14; README: what to watch; Gao et al. 2022, for reward hacking", *RUN_NEEDS, "bad_signs",
 )  # fmt: skip
 def test_bad_signs_are_said_once():
     fine = {"policy/first_abs_log_ratio": 1e-6, "val/eos_rate": 0.9, "policy/clipfrac": 0.1}
-    assert list(impl.rollout_warnings(fine)) == []
+    fine |= {"objective/scores": 1.0, "objective/labeler": 0.2}
+    assert list(impl.bad_signs([fine] * 20)) == []
     for name, value, word in (
         ("policy/first_abs_log_ratio", 0.03, "ratio"), ("val/eos_rate", 0.4, "end"), ("policy/clipfrac", 0.6, "clipped"),
     ):  # fmt: skip
-        (warning,) = impl.rollout_warnings(fine | {name: value})
+        (warning,) = impl.bad_signs([fine] * 3 + [fine | {name: value}])
         assert word in warning
+    for score, labeler, hacked in ((2.0, 0.17, True), (2.0, 0.19, False), (0.5, 0.1, False)):
+        later = fine | {"objective/scores": score, "objective/labeler": labeler}
+        assert ["hacking" in warning for warning in impl.bad_signs([fine] * 6 + [later] * 2)] == [True] * hacked
     run = impl.Run(tiny_config("warns"))
     run.warn(["a sign"])
     run.warn(["a sign"])
@@ -4232,6 +4236,7 @@ MUTANTS = [
     Mutant("a long title is an error", "test_titles_too_long_are_counted_with_file_and_line", "                codec.check_title(post)\n            return post", "                pass\n            return post"),
     Mutant("the head is called without its scaling", "test_any_decoder_will_do", "logits = policy(input_ids=layout.tokens, use_cache=False).logits\n    return logits, entered[0]", "policy(input_ids=layout.tokens, use_cache=False)\n    return policy.get_output_embeddings()(entered[0]), entered[0]"),
     Mutant("the rollout's mask forgets EOS", "test_rollout_holds_what_each_model_said", "[len(response) for response in batch.responses], device=engine.device)", "[max(1, len(response) - 1) for response in batch.responses], device=engine.device)"),
+    Mutant("hacking is seen where the labeler rises", "test_bad_signs_are_said_once", 'means[1]["labeler"] < 0.9 *', 'means[1]["labeler"] > 0.9 *'),
     Mutant("the second moment is the default's", "test_every_stage_has_the_second_moment_asked_for", "betas=(0.9, beta2)", "betas=(0.9, 0.999)"),
     Mutant("PPO forgets the second moment", "test_every_stage_has_the_second_moment_asked_for", "        beta2=engine.adam_beta2,\n    )", "    )"),
     Mutant("padding is a share of tokens", "test_costs_are_counted_once", '1 - costs[f"tokens/{name[6:]}"] / n', 'n / costs[f"tokens/{name[6:]}"] - 1'),
