@@ -392,6 +392,8 @@ class Config:
     compute: Compute = Compute()
 
     def __post_init__(self) -> None:
+        alone = "benchmark" not in self.stages or not set(self.stages) - {"corpus", "benchmark"}
+        refuse(not alone, "--stages: benchmark trains nothing and stands alone, or after corpus")
         refuse(self.resume and self.name is None, "--resume needs --name: which run?")
         refuse(self.seed < 0, f"--seed is {self.seed}, must be at least 0")
         both = self.ppo.reward_function is not None and self.reward_model is not None
@@ -406,6 +408,7 @@ class Config:
             "sft": self.sft_model is not None,
             "compare": self.data.comparisons_train is not None or scored,
             "reward": scored,
+            "ppo": self.ppo_model is not None,
         }.get(stage, False)
 
 
@@ -701,7 +704,7 @@ def read_records(path: Path, parse: Callable[[dict], NamedTuple | None]) -> tupl
                         records.append(parsed)
                 except (ValueError, RecursionError) as error:
                     unusable.append(f"line {number}: {error}")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: {error}") from None
     complaints = [f"{path}: {others:,} of {number:,} records are of another task"] if others else []
     if unusable:
@@ -1361,6 +1364,12 @@ def sft(run: Run) -> None:
     run.write("sft", partial(save_model, model, codec.tokenizer))
 
 
+def author_responses(codec: Codec, posts: Sequence[Post], model: PreTrainedModel) -> list[list[int]]:
+    """The authors' summaries, however long, up to where the model has no more positions."""
+    room = getattr(model.config, "max_position_embeddings", 10**9) - codec.data.query_tokens
+    return [response[:room] for response in codec.responses([post.summary for post in posts])]
+
+
 def check_room(model: PreTrainedModel, data: Data) -> None:
     """Refuse sequences longer than the model has positions for."""
     response = max(data.response_tokens, data.comparison_tokens)
@@ -1421,6 +1430,7 @@ def compare(run: Run) -> None:
     """Comparisons where the user has none: the labeler judges samples of the SFT model."""
     config, seed = run.config, run.config.seed
     codec, policy = run.codec(run.sft_model), load_policy(run.sft_model).to(run.engine.device)
+    check_room(policy, config.data)
     labeler = Labeler(run.posts("train"))
     for split, limit in (("train", config.compare.posts), ("valid", None)):
         posts = run.posts(split, codec)
@@ -1458,6 +1468,7 @@ def reward(run: Run) -> None:
     config, engine, seed = run.config.reward, run.engine, run.config.seed
     codec = run.codec(run.sft_model)
     model = ScalarModel.load(run.sft_model, new_head=rng(seed, "reward head")).to(engine.device)
+    check_room(model.classifier, run.config.data)
     model.classifier.config.preferences_of = "humans" if run.config.data.comparisons_train else "labeler"
     summaries = run.examples("train", codec)
     own = summaries[shuffled(seed, "pretraining", len(summaries), 0, min(len(summaries), config.pretraining_pairs))]
@@ -1551,7 +1562,7 @@ def ppo(run: Run) -> None:
         f"{config.num_updates} updates of {config.batch_size} responses, "
         f"{config.num_ppo_epochs} epochs of {config.num_minibatches} minibatches"
     )
-    history: list[dict[str, float]] = []
+    history = run.logged("ppo")  # empty, but in a resumed run
     parts = {"policy": models.policy, "value_model": models.value_model, "optimizer": optimizer}
     for update in run.steps("ppo", config.num_updates, **parts):
         engine.statement()  # what came before is not this update's
@@ -1619,7 +1630,9 @@ def load_function(flag: str, place: str) -> Callable:
     module, _, name = place.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        return getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), name)
+        refuse(not callable(function), "it cannot be called")
+        return function
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"{flag} {place}, which should name module:function: {error}") from None
     finally:
@@ -1635,11 +1648,17 @@ def outcome_scores(
     """Scores of responses to posts: a reward model's, read at EOS, or what a rule verifies of their text [7]."""
     if isinstance(scorer, nn.Module):
         return scores_of(scorer, batch, engine)
-    texts = [codec.text(response) for response in batch.responses]
-    scores = [scorer(post.post, text, post.record) for post, text in zip(posts, texts)]
-    for text, score in zip(texts, scores):
-        usable = isinstance(score, (int, float)) and math.isfinite(score)
+    scores = []
+    for post, response in zip(posts, batch.responses) if engine.rank == 0 else ():
+        text = codec.text(response)
+        score = scorer(post.post, text, post.record)
+        try:
+            scores.append(float(score))
+        except (TypeError, ValueError):
+            scores.append(math.nan)
+        usable = math.isfinite(scores[-1])
         refuse(not usable, f"--ppo.reward-function returned {score!r}, not a finite number, for {text[:60]!r}")
+    scores = engine.agree(scores)  # one process asks the rule: it may cost, and need not say the same twice
     return torch.tensor(scores, dtype=torch.float32, device=engine.device)
 
 
@@ -1774,7 +1793,7 @@ def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: 
     post = posts[update % len(posts)]
     queries = codec.queries([post])
     uniforms = noise(run.config.seed, "show", [update], run.config.data.response_tokens)
-    written = {"author": codec.responses([post.summary])}
+    written = {"author": author_responses(codec, [post], models.policy)}
     for name, policy in (("sft", models.ref_policy), ("ppo", models.policy)):
         written[name] = sample(policy, queries, uniforms, run.config.evaluate.temperature, codec.eos_id, run.engine)
     record = (
@@ -1795,12 +1814,13 @@ def evaluate(run: Run) -> None:
     posts = run.posts("test", codec)[: config.evaluate.posts]
     queries = codec.queries(posts)
     sft_policy, ppo_policy = (load_policy(folder).to(engine.device) for folder in (run.sft_model, run.ppo_model))
+    check_room(sft_policy, config.data)
     scorers = {"score": load_scorer(run)}
     if Path(judge).is_dir():
         scorers["judge"] = load_reward_model(run, judge)
     exam = Exam(posts, queries, codec, Labeler(run.posts("train")), scorers, sft_policy, config.ppo.temperature, engine)
     uniforms = noise(config.seed, "evaluate", range(len(posts)), config.data.response_tokens)
-    marks = {"author": exam.marks(codec.responses([post.summary for post in posts]))}
+    marks = {"author": exam.marks(author_responses(codec, posts, sft_policy))}
     texts = {"author": [post.summary for post in posts]}
     for name, policy in (("SFT", sft_policy), ("PPO", ppo_policy)):
         for temperature in (config.evaluate.temperature, config.ppo.temperature):
@@ -1813,7 +1833,9 @@ def evaluate(run: Run) -> None:
     vote = load_function("--evaluate.judge", judge) if row not in marks["author"] else None
 
     def prefer(a: str, b: str) -> np.ndarray:  # (N,)
-        return scored_higher(marks[a][row], marks[b][row]) if vote is None else votes(vote, posts, texts[a], texts[b])
+        if vote is None:
+            return scored_higher(marks[a][row], marks[b][row])
+        return engine.agree(votes(vote, posts, texts[a], texts[b]) if engine.rank == 0 else None)
 
     of = getattr(scorers["score"], "preferences_of", None)
     who = {
@@ -1959,6 +1981,7 @@ def verdict(at_cold: Figures, at_warm: Figures, cold: str, warm: str, judge: str
 def benchmark(run: Run) -> None:
     """What PPO updates cost, by phase, and how much of the machine they use; weights are --model's or random."""
     config, engine = run.config, run.engine
+    refuse(engine.world > 1, "the benchmark counts the work of one process")
     posts = run.posts("train")
     if config.model is None:
         tokenizer = train_tokenizer(posts, config.data.query_format, config.pretrain.vocab_size)
@@ -1966,15 +1989,15 @@ def benchmark(run: Run) -> None:
     else:
         tokenizer, model = load_tokenizer(config.model), load_policy(config.model)
     run.write("sft", partial(save_model, model, tokenizer))
-    scalar = ScalarModel.load(run.sft_model, new_head=rng(config.seed, "reward head"))
-    run.write("reward", partial(scalar.save, tokenizer))
-    del model, scalar
+    if config.ppo.reward_function is None:
+        scalar = ScalarModel.load(run.sft_model, new_head=rng(config.seed, "reward head"))
+        run.write("reward", partial(scalar.save, tokenizer))
+        del scalar
+    del model
     peak, bandwidth = machine_limits(engine)
     ppo(run)
     model = load_policy(run.sft_model)
-    with open(run.folder / "metrics.jsonl", encoding="utf-8") as file:
-        updates = [json.loads(line) for line in file]
-    updates = updates[1:] or updates  # the first one warms up
+    updates = run.logged("benchmark")[1:] or run.logged("benchmark")  # the first one warms up
     cost = {name: float(np.median([u[name] for u in updates])) for name in updates[0] if "/" in name}
     operations, moved = work_of_an_update(model, cost, config.ppo, engine)
     phases = {
@@ -2069,8 +2092,10 @@ class Engine:
         bfloat16 = compute.precision == "bfloat16" or (compute.precision == "auto" and device.type == "cuda")
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = True  # what is not bfloat16 may use the matrix units too
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        if "RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+            local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            refuse(local >= there, f"process {local} has no GPU of its own: there are {there}")
+            torch.cuda.set_device(local)
+        if dist.is_torchelastic_launched() and not dist.is_initialized():  # started by torchrun
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         sizes = (compute.micro_batch_size, compute.sample_batch_size, compute.max_grad_norm, compute.adam_beta2)
         many = dist.is_initialized()
@@ -2182,7 +2207,8 @@ class Run:
             part = target.with_name(target.name + ".part")
             discard(part)
             function(part)
-            discard(target)
+            if target.is_dir():
+                discard(target)
             part.replace(target)
         self.engine.agree(None)
 
@@ -2286,9 +2312,9 @@ class Run:
         self.finished.append(self.stage)
         self.sizes = self.sizes_of_logs()
         self.write("checkpoint/finished.json", partial(write_json, {"stages": self.finished, "sizes": self.sizes}))
-        if self.engine.rank == 0:
-            for path in (self.folder / "checkpoint").glob("*.pt"):
-                path.unlink()
+        for path in self.checkpoints() if self.engine.rank == 0 else ():
+            path.unlink()
+        self.engine.agree(None)
 
     def steps(self, title: str, total: int, **parts: nn.Module | torch.optim.Optimizer) -> Iterator[int]:
         """Step numbers, with a progress bar on a terminal and a line at the end.
@@ -2305,17 +2331,19 @@ class Run:
         with tqdm(
             total=total, initial=first, desc=title, disable=None if self.engine.rank == 0 else True, leave=False
         ) as self.bar:
-            for self.step in range(first, total):
-                self.can_stop = bool(parts)
-                yield self.step
+            self.can_stop = bool(parts)
+            try:
+                for self.step in range(first, total):
+                    yield self.step
+                    self.bar.update()
+                    due = time.monotonic() - self.saved >= 60 * self.config.compute.checkpoint_minutes
+                    due, stopping = self.engine.agree((due, self.stopping)) if parts else (False, False)
+                    if due or stopping:
+                        self.save_checkpoint(self.step + 1, parts)
+                    if stopping:
+                        raise KeyboardInterrupt
+            finally:
                 self.can_stop = False
-                self.bar.update()
-                due = time.monotonic() - self.saved >= 60 * self.config.compute.checkpoint_minutes
-                due, stopping = self.engine.agree((due, self.stopping)) if parts else (False, False)
-                if due or stopping:
-                    self.save_checkpoint(self.step + 1, parts)
-                if stopping:
-                    raise KeyboardInterrupt
         self.step = total
         spent = (self.engine.costs - before).items()
         phases = ", ".join(f"{name[5:]} {cost:.0f} s" for name, cost in spent if name.startswith("time/"))
@@ -2325,22 +2353,30 @@ class Run:
 
     def save_checkpoint(self, step: int, parts: dict[str, nn.Module | torch.optim.Optimizer]) -> None:
         state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"stage": self.stage, "step": step, "sizes": self.sizes_of_logs()}
-        self.write(f"checkpoint/{step:08d}.pt", partial(torch.save, state))
-        for old in sorted((self.folder / "checkpoint").glob("*.pt"))[:-2] if self.engine.rank == 0 else ():
+        state |= {"step": step, "sizes": self.sizes_of_logs()}
+        self.write(f"checkpoint/{self.stage}-{step:08d}.pt", partial(torch.save, state))
+        for old in self.checkpoints()[:-2] if self.engine.rank == 0 else ():
             old.unlink()
         self.saved = time.monotonic()
 
     def newest_checkpoint(self) -> dict | None:
         """The newest usable checkpoint of this stage; torch.load with weights_only runs no code."""
-        for path in sorted((self.folder / "checkpoint").glob("*.pt"), reverse=True):
+        state, broken = None, []
+        for path in reversed(self.checkpoints()):
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                refuse(state["stage"] != self.stage, f"it is of stage {state['stage']}")
-                return state
+                break
             except Exception as error:  # whatever a broken file makes torch.load say
                 self.say_once(f"{path} is not usable ({' '.join(str(error).split())[:80]}); trying the one before")
-        return None
+                broken.append(path)
+        self.engine.agree(None)
+        for path in broken if self.engine.rank == 0 else ():
+            path.rename(path.with_suffix(".broken"))
+        return state
+
+    def checkpoints(self) -> list[Path]:
+        """This stage's, the oldest first."""
+        return sorted((self.folder / "checkpoint").glob(f"{self.stage}-*.pt"))
 
     def reopen(self) -> Path:
         """The folder of an interrupted run, if its flags were the same."""
@@ -2352,7 +2388,7 @@ class Run:
         finished = not (folder / "checkpoint").is_dir()
         refuse(finished, f"--resume: {folder} has no checkpoint folder, so it is finished; --from-run can use it")
         now = json.loads(json.dumps(asdict(self.config), default=str))
-        changed = [name for name in now if now[name] != before.get(name) and name != "resume"]
+        changed = [name for name in now if now[name] != before.get(name) and name not in ("resume", "name")]
         refuse(bool(changed), f"--resume: {folder} was started with other flags: {', '.join(changed)}")
         path = folder / "checkpoint" / "finished.json"
         if path.exists():
@@ -2387,7 +2423,8 @@ class Run:
         seconds = round(time.monotonic() - self.started, 3)
         self.save("metrics.jsonl", {"stage": self.stage, "step": self.step, "seconds": seconds} | statistics)
         for name, value in statistics.items() if self.writer else ():
-            self.writer.add_scalar(name if "/" in name else f"{self.stage}/{name}", value, self.step)
+            tag = name if self.stage == "ppo" and "/" in name else f"{self.stage}/{name}"
+            self.writer.add_scalar(tag, value, self.step)
         shown = "  ".join(f"{label} {statistics[name]:.3g}" for name, label in SHOWN.items() if name in statistics)
         self.bar.set_postfix_str(shown, refresh=False)
         if self.stage == "ppo":
@@ -2398,6 +2435,12 @@ class Run:
             return
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def logged(self, stage: str) -> list[dict]:
+        """What metrics.jsonl holds of a stage."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return [record for record in map(json.loads, lines) if record["stage"] == stage]
 
     def say(self, text: str) -> None:
         if self.engine.rank == 0:
@@ -2418,10 +2461,15 @@ class Run:
         place = f"{torch.get_num_threads()} threads" if engine.device.type == "cpu" else torch.cuda.get_device_name()
         self.say(f"pmo: {' > '.join(stage for stage in config.stages if not config.is_given(stage))}")
         precision = "bfloat16" if engine.bfloat16 else "float32"
-        self.say(f"{engine.device.type} ({place}), {precision}, seed {config.seed}, writing to {self.folder}")
+        processes = f"{engine.world} processes, " if engine.world > 1 else ""
+        self.say(
+            f"{engine.device.type} ({place}), {precision}, {processes}seed {config.seed}, writing to {self.folder}"
+        )
 
         if config.from_run and (config.from_run / "config.json").is_file():
-            earlier = json.loads((config.from_run / "config.json").read_text(encoding="utf-8"))["config"]["data"]
+            record = json.loads((config.from_run / "config.json").read_text(encoding="utf-8"))
+            earlier = record.get("config", {}).get("data")
+            refuse(earlier is None, f"--from-run {config.from_run} is not the folder of a run")
             for name in ("query_tokens", "response_tokens", "query_format"):
                 was, now = earlier[name], getattr(config.data, name)
                 if was != now:
@@ -2431,7 +2479,7 @@ class Run:
         if self.writer:
             self.writer.close()
         if self.engine.rank == 0:
-            discard(self.folder / "checkpoint")
+            discard((self.folder / "checkpoint").rename(self.folder / "checkpoint.part"))
         self.say("\ntime: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items()))
         self.say(f"peak memory: {peak_memory(self.engine.device)}")
         self.say(f"written to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
@@ -2518,7 +2566,7 @@ def start(config: Config) -> None:
                 globals()[stage](run)
                 run.leave()
     except Diverged as error:
-        raise Diverged(f"{run.stage}, step {run.step + 1}: {error}; {run.how_to_go_on()}") from None
+        raise Diverged(f"{run.stage}, step {run.step + 1}: {error}") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(run.how_to_go_on()) from None
     finally:
@@ -2530,10 +2578,14 @@ def start(config: Config) -> None:
 
 
 def main() -> None:
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character should not end a run
     try:
         start(tyro.cli(Config))
     except (InputError, OSError) as error:  # OSError: a disk that is full or read-only
         print(f"pmo: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"pmo: lower --compute.micro-batch-size or --compute.sample-batch-size: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         print(f"pmo: interrupted; {error}", file=sys.stderr)

@@ -7,7 +7,7 @@
 #
 # Other variables: MODEL (a folder or Hub name, instead of SIZE), DATA (folder of the five data files; what is missing
 # there is downloaded, and an interrupted download goes on where it stopped), MICRO (rows per forward and backward
-# pass: memory and speed, not the result), PYTHON.
+# pass: memory and speed, not the result), LAUNCH (python, or for several GPUs "torchrun --nproc-per-node 4").
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -15,7 +15,7 @@ SIZE=${SIZE:-1b}
 MODEL=${MODEL:-EleutherAI/pythia-$SIZE-deduped}
 DATA=${DATA:-tldr}
 MICRO=${MICRO:-8}
-PYTHON=${PYTHON:-python}
+LAUNCH=${LAUNCH:-python}
 SOURCE=${SOURCE:-https://openaipublic.blob.core.windows.net/summarize-from-feedback}
 
 stop() {
@@ -58,14 +58,15 @@ if [ ! -f "$DATA/comparisons_train.jsonl" ] || [ ! -f "$DATA/comparisons_valid.j
 fi
 
 cat <<'END'
-What one GPU needs, computed, not measured: memory without activations (README, "Memory"), hours at 400 TFLOP/s.
+What one GPU needs, computed, not measured (README, "Memory"; micro-batches of 8 rows; hours at 400 TFLOP/s):
                  SFT            reward model   PPO
-  Pythia 1B       16 GB 0.2 h    16 GB 0.3 h    40 GB  16 h
-  Pythia 2.8B     44 GB 0.5 h    44 GB 0.9 h   111 GB  43 h
-  Pythia 6.9B    110 GB 1.3 h   110 GB 2.1 h   274 GB 107 h (more than one GPU has)
+  Pythia 1B       24 GB 0.2 h    31 GB 0.3 h    55 GB  16 h
+  Pythia 2.8B     63 GB 0.5 h    82 GB 0.9 h   149 GB  43 h (--compute.micro-batch-size 4: 135 GB)
+  Pythia 6.9B    145 GB 1.3 h   175 GB 2.1 h   344 GB 107 h (more than one GPU has)
 END
 
-exec "$PYTHON" "$here/pmo.py" \
+# shellcheck disable=SC2086
+exec $LAUNCH "$here/pmo.py" \
   --stages sft reward ppo evaluate --model "$MODEL" \
   --data.train "$DATA/train.jsonl" --data.valid "$DATA/valid.jsonl" --data.test "$DATA/test.jsonl" \
   --data.comparisons-train "$DATA/comparisons_train.jsonl" --data.comparisons-valid "$DATA/comparisons_valid.jsonl" \

@@ -2871,7 +2871,12 @@ def test_a_rule_replaces_the_reward_model():
         models = impl.load_models(impl.Run(config))
         assert (models.value_model(impl.lay_out(some_batch())) == 0).all()
         assert models.value_model.bias.requires_grad and models.value_model.classifier.score.weight.requires_grad
-        for function, culprit in (("broken", "returned None"), ("absent", "absent"), (None, "module:function")):
+        for function, culprit in (
+            ("broken", "returned None"),
+            ("seen", "cannot be called"),
+            ("absent", "absent"),
+            (None, "module:function"),
+        ):
             place = f"toy_rules:{function}" if function else "toy_rules"
             config = replace(config, name=f"rule {function}", ppo=replace(config.ppo, reward_function=place))
             assert culprit in config_error(lambda: impl.start(config))
@@ -3176,6 +3181,7 @@ def test_contradictions_are_refused_with_both_numbers():
         (name,) = bad
         assert f"--ppo.{name.replace('_', '-')}" in config_error(lambda bad=bad: impl.PPO(**bad))
     assert "--compute.max-grad-norm is -1" in config_error(lambda: impl.Compute(max_grad_norm=-1))
+    assert "--stages: benchmark" in config_error(lambda: impl.Config(stages=("ppo", "benchmark")))
     assert "--seed is -1" in config_error(lambda: impl.Config(seed=-1))
     assert "--data.valid" in config_error(lambda: impl.Data(train=Path("x")))
     assert "--data.train" in config_error(lambda: impl.Data(test=Path("x")))
@@ -3374,7 +3380,7 @@ def test_the_papers_script_runs_end_to_end():
     for split in ("train", "valid"):
         impl.write_records(pairs, data / f"comparisons_{split}.jsonl")
     variables = os.environ | {
-        "DATA": str(data), "MODEL": str(finished_run() / "base"), "PYTHON": sys.executable, "HF_HUB_OFFLINE": "1",
+        "DATA": str(data), "MODEL": str(finished_run() / "base"), "LAUNCH": sys.executable, "HF_HUB_OFFLINE": "1",
         "SOURCE": f"file://{workshop()}/mirror",
     }  # fmt: skip
     flags = [
@@ -3791,10 +3797,15 @@ def test_resuming_something_else_is_refused():
     message = config_error(lambda: impl.Run(other))
     assert "seed" in message and "sft" in message and "reward" not in message
     run = impl.Run(replace(config, resume=True))
-    torch.save({"stage": "reward", "step": 7, "sizes": {}}, run.folder / "checkpoint" / "00000007.pt")
-    (run.folder / "checkpoint" / "00000008.pt").write_text("not a checkpoint")
+    torch.save({"step": 7, "sizes": {}}, run.folder / "checkpoint" / "reward-00000007.pt")
+    (run.folder / "checkpoint" / "sft-00000008.pt").write_text("not a checkpoint")
     run.enter("sft")
-    assert run.checkpoint is None and sum("not usable" in said for said in run.said) == 2
+    assert run.checkpoint is None and sum("not usable" in said for said in run.said) == 1
+    run.enter("reward")
+    assert run.checkpoint["step"] == 7
+    impl.Run(replace(config, name=None))  # a run that was named for its user
+    unnamed = sorted(path.name for path in run.folder.parent.iterdir() if re.fullmatch(r"run-\d+", path.name))[-1]
+    assert impl.Run(replace(config, name=unnamed, resume=True)).folder.name == unnamed
 
 
 @law(
@@ -3824,7 +3835,10 @@ def test_a_checkpoint_restores_what_steps_change():
     untouched = {k: v.clone() for k, v in first["model"].state_dict().items()}
     run = impl.Run(config)
     assert run_steps(run, first, last=3) == [0, 1, 2, 3]  # killed in the fourth step, after its log
-    assert [path.name for path in sorted((run.folder / "checkpoint").glob("*.pt"))] == ["00000002.pt", "00000003.pt"]
+    assert [path.name for path in sorted((run.folder / "checkpoint").glob("*.pt"))] == [
+        "sft-00000002.pt",
+        "sft-00000003.pt",
+    ]
     assert run_steps(impl.Run(replace(config, resume=True)), second, last=9) == [3, 4, 5]
     whole = parts()
     whole["model"].load_state_dict(untouched)
@@ -3923,7 +3937,7 @@ def test_divergence_names_stage_and_step():
     assert "sft, step 5: loss is nan" in message and "checkpoint" not in message
     run = impl.Run(tiny_config("a score"))
     assert "objective/scores is inf" in config_error(lambda: run.log({"objective/scores": math.inf}))
-    assert "sft, step " in message and "nan" in message and "--name diverges --resume" in message
+    assert "sft, step " in message and "nan" in message
 
 
 @law(
@@ -4247,10 +4261,10 @@ MUTANTS = [
     Mutant("work is dealt twice", "test_work_is_dealt_once", "groups[self.rank :: self.world]]", "groups[self.rank :]]"),
     Mutant("a process without work counts the first group", "test_work_is_dealt_once", "or [(groups[0], False)]", "or [(groups[0], True)]"),
     Mutant("other flags may resume", "test_resuming_something_else_is_refused", "refuse(bool(changed), f", "refuse(False, f"),
-    Mutant("a checkpoint of another stage is used", "test_resuming_something_else_is_refused", 'refuse(state["stage"] != self.stage', 'refuse(False'),
+    Mutant("a checkpoint of another stage is used", "test_resuming_something_else_is_refused", '.glob(f"{self.stage}-*.pt")', '.glob("*.pt")'),
     Mutant("a resumed run repeats a step", "test_a_checkpoint_restores_what_steps_change", "self.save_checkpoint(self.step + 1, parts)", "self.save_checkpoint(self.step, parts)"),
     Mutant("logs are not cut", "test_a_checkpoint_restores_what_steps_change", "os.truncate(self.folder / name, size)", "pass"),
-    Mutant("all checkpoints are kept", "test_a_checkpoint_restores_what_steps_change", '.glob("*.pt"))[:-2]', '.glob("*.pt"))[:0]'),
+    Mutant("all checkpoints are kept", "test_a_checkpoint_restores_what_steps_change", "self.checkpoints()[:-2]", "self.checkpoints()[:0]"),
     # whole runs
     Mutant("the learning rate stays up", "test_a_run_logs_finite_numbers_and_ratio_one", "set_lr(optimizer, 1 - update / config.num_updates)", "set_lr(optimizer, 1.0)"),
     Mutant("the reference learns with the policy", "test_frozen_models_stay_frozen", "policy, ref_policy = load_policy(run.sft_model), load_policy(run.sft_model).requires_grad_(False)", "policy = ref_policy = load_policy(run.sft_model)"),
