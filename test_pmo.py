@@ -3069,7 +3069,7 @@ def test_ppo_converges_to_the_closed_form_optimum():
     logged: list[dict] = []
     run = SimpleNamespace(
         config=config, engine=engine(256), sft_model=None, codec=lambda folder: codec, posts=lambda split, codec: toy_posts(8),
-        steps=lambda title, n, **parts: range(n), log=logged.append, write=lambda *args: None, say=lambda text: None, warn=list,
+        steps=lambda title, n, **parts: range(n), log=logged.append, logged=lambda stage: [], write=lambda *args: None, say=lambda text: None, warn=list,
     )  # fmt: skip
     one_token = impl.noise
     with pytest.MonkeyPatch.context() as patch:
