@@ -4348,7 +4348,7 @@ class Table:
 
 RACES = {  # layers, width, heads, vocabulary; rows, shortest and longest query, response tokens, mean response
     "short": (6, 256, 8, 4096, 64, 58, 128, 48, None),
-    "tldr": (6, 256, 8, 4096, 32, 192, 512, 53, 34),
+    "tldr": (6, 256, 8, 4096, 64, 192, 512, 53, 34),
     "410m": (24, 1024, 16, 50304, 256, 192, 512, 53, 34),
     "1b": (16, 2048, 8, 50304, 256, 192, 512, 53, 34),
 }
