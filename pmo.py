@@ -762,17 +762,19 @@ class Codec:
 
     def queries(self, posts: Sequence[Post]) -> list[list[int]]:
         """Formatted posts [D1], cut at a paragraph where they exceed `query_tokens` [D2]."""
-        start, limit = self.start, self.data.query_tokens
-        queries = [start + query for query in self.encode([self.formatted(post) for post in posts])]
+        limit, queries = self.data.query_tokens, self.uncut(posts)
         refuse(not all(queries), "--data.query-format gives an empty query for a post without text")
         return [q if len(q) <= limit else self.cut_query(post) for post, q in zip(posts, queries)]
 
     def formatted(self, post: Post) -> str:
         return self.data.query_format.format(**post.fields())
 
+    def uncut(self, posts: Sequence[Post]) -> list[list[int]]:
+        return [self.start + query for query in self.encode([self.formatted(post) for post in posts])]
+
     def cut_query(self, post: Post) -> list[int]:
         def tokens(text: str) -> list[int]:
-            return self.start + self.encode([self.formatted(post._replace(post=text))])[0]
+            return self.uncut([post._replace(post=text)])[0]
 
         return tokens(truncate_post(post.post, lambda text: len(tokens(text)) <= self.data.query_tokens))
 
@@ -780,7 +782,7 @@ class Codec:
         """InputError where template and title alone are too long for a query."""
         empty = post._replace(post="")
         if len(self.formatted(empty).encode()) >= self.data.query_tokens:  # fewer bytes are never more tokens
-            tokens, limit = len(self.start + self.encode([self.formatted(empty)])[0]), self.data.query_tokens
+            tokens, limit = len(self.uncut([empty])[0]), self.data.query_tokens
             refuse(tokens > limit, f"template and title take {tokens} tokens, --data.query-tokens is {limit}")
 
     def responses(self, summaries: Sequence[str]) -> list[list[int]]:
@@ -1508,9 +1510,14 @@ def reward_losses(
     }
 
 
+def wins_of(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    """1 where a is higher, ½ for a tie."""
+    return (a > b) + (a == b) / 2
+
+
 def win_rate(a: Tensor, b: Tensor) -> Tensor:
     """Share of places where a > b; ties count ½."""
-    return ((a > b).float() + (a == b).float() / 2).mean()
+    return wins_of(a, b).mean()
 
 
 def reward_accuracies(
@@ -1834,14 +1841,13 @@ def evaluate(run: Run) -> None:
 
     def prefer(a: str, b: str) -> np.ndarray:  # (N,)
         if vote is None:
-            return scored_higher(marks[a][row], marks[b][row])
+            return wins_of(marks[a][row], marks[b][row])
         return engine.agree(votes(vote, posts, texts[a], texts[b]) if engine.rank == 0 else None)
 
-    of = getattr(scorers["score"], "preferences_of", None)
-    who = {
-        "labeler": "the labeler that made the preferences" if of == "labeler" else "word overlap, not those who chose"
-    }
-    report(run, posts, texts, marks, prefer, {"reward": "what PPO was trained on", **who}.get(judge, judge))
+    chose = getattr(scorers["score"], "preferences_of", None) == "labeler"
+    labeler = "the labeler that made the preferences" if chose else "word overlap, not those who chose"
+    known = {"labeler": labeler, "reward": "what PPO was trained on"}
+    report(run, posts, texts, marks, prefer, known.get(judge, judge))
 
 
 @dataclass(frozen=True)
@@ -1879,11 +1885,6 @@ class Exam:
             "tokens": [len(response) for response in responses],
         }
         return {name: torch.as_tensor(x).cpu().double().numpy() for name, x in marks.items()}
-
-
-def scored_higher(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """1 where x is higher, ½ for a tie."""
-    return (x > y) + (x == y) / 2
 
 
 def votes(judge: Callable[[str, str, str], float], posts: Sequence[Post], a: list[str], b: list[str]) -> np.ndarray:
@@ -1941,8 +1942,10 @@ def report(
     conclusion = verdict(*(versus[f"PPO {t} against SFT {t}"] for t in (cold, warm)), cold, warm, judge)
     run.say(f"\n{conclusion}")
     numbers = {writer: {name: x for name, x in row.items() if x == x} for writer, row in means.items()}
-    written = [{writer: summaries[i] for writer, summaries in texts.items()} for i in range(len(posts))]
-    records = [post.fields() | {"summaries": summaries} for post, summaries in zip(posts, written)]
+    records = [
+        post.fields() | {"summaries": {writer: summaries[i] for writer, summaries in texts.items()}}
+        for i, post in enumerate(posts)
+    ]
     run.write("eval.jsonl", partial(write_records, records))
     record = {"posts": len(posts), "judge": judge, "means": numbers, "comparisons": versus, "verdict": conclusion}
     run.write("eval.json", partial(write_json, record))
@@ -1997,7 +2000,8 @@ def benchmark(run: Run) -> None:
     peak, bandwidth = machine_limits(engine)
     ppo(run)
     model = load_policy(run.sft_model)
-    updates = run.logged("benchmark")[1:] or run.logged("benchmark")  # the first one warms up
+    updates = run.logged("benchmark")
+    updates = updates[1:] or updates  # the first one warms up
     cost = {name: float(np.median([u[name] for u in updates])) for name in updates[0] if "/" in name}
     operations, moved = work_of_an_update(model, cost, config.ppo, engine)
     phases = {
@@ -2558,8 +2562,8 @@ def start(config: Config) -> None:
     run = Run(config)
     signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, run.stop) for number in signals}
-    run.introduce()
     try:
+        run.introduce()
         for stage in config.stages:
             if not config.is_given(stage) and stage not in run.finished:
                 run.enter(stage)

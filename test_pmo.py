@@ -3571,7 +3571,7 @@ def test_the_verdict_claims_no_more_than_its_intervals():
     theirs = {"labeler": [0.0, 2.0, 4.0, 0.0], "labeler, other post": [0.0] * 4, "rouge_l": [0.0] * 4}
     ours, theirs = ({k: numpy.array(v) for k, v in {**m, "score": [0, 0, 0, 2]}.items()} for m in (ours, theirs))
     theirs["score"] = theirs["score"] - 1
-    wins = impl.scored_higher(ours["labeler"], theirs["labeler"])
+    wins = impl.wins_of(ours["labeler"], theirs["labeler"])
     assert wins.tolist() == [1, 0.5, 0, 0.5]
     figures = impl.compare_marks(ours, theirs, wins)
     means = {name: mean for name, (mean, _) in figures.items()}
@@ -4201,7 +4201,7 @@ MUTANTS = [
     Mutant("objective/kl is a token mean", "test_rollout_statistics_are_what_their_names_say", "kl = (rollout.logprobs - rollout.ref_logprobs).sum(1).mean()", "kl = (rollout.logprobs - rollout.ref_logprobs).mean()"),
     Mutant("the verdict forgets its intervals", "test_the_verdict_claims_no_more_than_its_intervals", "up if mean - half > neutral", "up if mean > neutral"),
     Mutant("standard deviations pass for standard errors", "test_the_verdict_claims_no_more_than_its_intervals", "1.96 * x.std() / math.sqrt(len(x))", "1.96 * x.std()"),
-    Mutant("ties count nothing", "test_ties_count_half", "((a > b).float() + (a == b).float() / 2)", "(a > b).float()"),
+    Mutant("ties count nothing", "test_ties_count_half", "(a > b) + (a == b) / 2", "(a > b) + (a == b) * 0.0"),
     Mutant("settings are not checked against each other", "test_contradictions_are_refused_with_both_numbers", "self.batch_size % self.num_minibatches != 0,\n", "False,\n"),
     Mutant("the judge prefers the worse text", "test_comparisons_are_the_labelers", "int(scores[1] > scores[0])", "int(scores[1] < scores[0])"),
     Mutant("all samples of a post share their noise", "test_samples_of_a_post_are_independent", 'noise(seed, f"compare {split} {k}",', 'noise(seed, f"compare {split}",'),
@@ -4212,7 +4212,7 @@ MUTANTS = [
     Mutant("SFT and PPO change columns", "test_evaluation_columns_belong_to_their_models", '(("SFT", sft_policy), ("PPO", ppo_policy))', '(("SFT", ppo_policy), ("PPO", sft_policy))'),
     Mutant("the validation posts are the test", "test_evaluation_columns_belong_to_their_models", '"test": data.test or data.valid', '"test": data.valid'),
     Mutant("an earlier run comes before this one", "test_a_runs_own_folder_comes_first", "(self.folder, self.config.from_run)", "(self.config.from_run, self.folder)"),
-    Mutant("BOS is forgotten", "test_bos_where_the_tokenizer_has_one", "queries = [start + query for query in self.encode", "queries = [query for query in self.encode"),
+    Mutant("BOS is forgotten", "test_bos_where_the_tokenizer_has_one", "return [self.start + query for query in self.encode", "return [query for query in self.encode"),
     Mutant("accuracy is inverted", "test_reward_accuracies_are_shares_of_pairs", "(win_rate(better[rows], worse[rows])", "(win_rate(worse[rows], better[rows])"),
     Mutant("every shown text has the author's score", "test_shown_samples_belong_to_their_models", "run.engine, Batch(queries, responses)).item()", 'run.engine, Batch(queries, written["author"])).item()'),
     Mutant("shown texts change names", "test_shown_samples_belong_to_their_models", '(("sft", models.ref_policy), ("ppo", models.policy))', '(("sft", models.policy), ("ppo", models.ref_policy))'),
