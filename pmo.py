@@ -342,6 +342,9 @@ class Compute:
     """Clip the gradient (of policy and value model together) to this norm; 0 never [D22]. Paper: none."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints, of which two are kept until the run ends; 0 after every step."""
+    shard: bool = False
+    """Give each process (torchrun) a share of all weights, gradients and optimizer states (FSDP2) instead of a copy:
+    for models too large for one GPU."""
     adam_beta2: float = 0.999
     """AdamW's memory of squared gradients [D21]; models from scratch learn faster with 0.95 to 0.98. Paper: 0.999."""
 
@@ -1065,7 +1068,7 @@ class ScalarModel(nn.Module):
         super().__init__()
         self.classifier = classifier
         offset = float(getattr(classifier.config, "score_offset", 0.0))
-        self.bias = nn.Parameter(torch.tensor(-offset), requires_grad=train_bias)
+        self.bias = nn.Parameter(torch.tensor([-offset]), requires_grad=train_bias)
 
     @classmethod
     def load(
@@ -1086,14 +1089,14 @@ class ScalarModel(nn.Module):
             classifier.score.weight = nn.Parameter(torch.from_numpy(noise).float())
         return cls(classifier.eval(), train_bias)
 
-    def forward(self, layout: Layout) -> Tensor:  # (B, T) of the state before each response token
-        return self.at(layout.tokens, layout.index)
+    def values(self, layout: Layout) -> Tensor:  # (B, T) of the state before each response token
+        return self(layout.tokens, layout.index)
 
     def scores(self, layout: Layout) -> Tensor:  # (B,) read at the last response token, EOS [D8]
         last = layout.index[:, :1] + layout.mask.sum(1, keepdim=True)
-        return self.at(layout.tokens, last).squeeze(1)
+        return self(layout.tokens, last).squeeze(1)
 
-    def at(self, tokens: Tensor, index: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, index: Tensor) -> Tensor:  # (B, W), (B, T) -> (B, T)
         hidden = take(self.classifier.base_model(input_ids=tokens, use_cache=False).last_hidden_state, index)
         with torch.autocast(hidden.device.type, enabled=False):  # eight bits would tie scores and round values
             return self.classifier.score(hidden.float()).squeeze(-1) + self.bias
@@ -1106,11 +1109,12 @@ class ScalarModel(nn.Module):
     @torch.no_grad()
     def center(self, mean_score: float) -> None:
         """Move scores so that what scored `mean_score` on average now averages 0. Twice changes nothing [D9; 5]."""
-        self.bias -= mean_score
+        self.bias.sub_(mean_score)
 
-    def save(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-        self.classifier.config.score_offset = -self.bias.item()
-        save_model(self.classifier, tokenizer, folder)
+    def save(self, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        weights = {name.removeprefix("classifier."): weight for name, weight in weights.items()}
+        self.classifier.config.score_offset = -weights.pop("bias").item()
+        save_model(self.classifier, weights, tokenizer, folder)
 
 
 class ValueHead(nn.Module):
@@ -1127,16 +1131,19 @@ class ValueHead(nn.Module):
             return self.linear(hidden.float()).squeeze(-1)
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A plain transformers folder. Its pad id is in range and not EOS, so that transformers' own sequence
-    classification, which reads the last token that is not padding, reads the score at EOS [D3]."""
+def save_model(
+    model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """A plain transformers folder with these weights, which are `Engine.weights(model)`. Its pad id is in range and not
+    EOS, so that transformers' own sequence classification, which reads the last token that is not padding, reads the
+    score at EOS [D3]."""
     eos, pad, size = tokenizer.eos_token_id, tokenizer.pad_token_id, model.config.vocab_size
     if pad is None or pad == eos or pad >= size:
         candidates = [token for token in tokenizer.all_special_ids if token != eos and token < size]
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens([*candidates, 0 if eos != 0 else 1][0])
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = eos
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
 
 
@@ -1175,7 +1182,7 @@ def logits_and_values(
     policy: PreTrainedModel, value_model: ScalarModel | ValueHead, layout: Layout
 ) -> tuple[Tensor, Tensor]:  # (B, T, V), (B, T)
     logits, hidden = response_logits(policy, layout)
-    values = value_model(hidden) if isinstance(value_model, ValueHead) else value_model(layout)
+    values = value_model(hidden) if isinstance(value_model, ValueHead) else value_model.values(layout)
     return logits, values
 
 
@@ -1223,7 +1230,7 @@ def sample(
     """A response per query from softmax(logits / temperature), nothing cut or warped, up to and including EOS."""
     blocks = engine.deal(chunks(range(len(queries)), engine.sample_batch_size))
     responses: dict[int, list[int]] = {}
-    with engine.timed("sampling"), engine.autocast():
+    with engine.timed("sampling"), engine.autocast(), engine.gathered(policy):
         for rows, counts in blocks:
             block = sample_block(policy, [queries[i] for i in rows], uniforms[rows], temperature, eos_id, engine)
             responses |= zip(rows, block) if counts else ()
@@ -1245,11 +1252,12 @@ def sample_block(
     uniforms = uniforms.to(engine.device)
     ended = torch.zeros_like(last, dtype=torch.bool)
     cache, written = None, []
+    cache_name = "cache" if "cache" in inspect.signature(policy.forward).parameters else "past_key_values"
     while len(written) < T and not ended.all():
         with head_at(policy, last):
             inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": positions}
-            output = policy(**inputs, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+            output = policy(**inputs, **{cache_name: cache}, use_cache=True)
+        cache = output[cache_name]
         cumulative = (output.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)
         total = cumulative[:, -1:]
         threshold = torch.minimum(uniforms[:, len(written), None] * total, total.nextafter(torch.zeros_like(total)))
@@ -1311,11 +1319,11 @@ def optimizer_step(
         for rows, counts in engine.deal(groups):
             with engine.autocast():
                 shares = losses(rows)
-            (shares["loss"] * counts).backward()
+            engine.backward(shares["loss"] * counts)
             totals = {name: totals.get(name, 0.0) + share.detach() * counts for name, share in shares.items()}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        engine.add_up([*(p.grad for p in parameters if p.grad is not None), *totals.values()])
-        totals["grad_norm"] = nn.utils.clip_grad_norm_(parameters, engine.max_grad_norm or math.inf)
+        engine.add_up([*totals.values()])
+        totals["grad_norm"] = engine.finish_gradients(parameters)
         statistics = {name: float(total) for name, total in totals.items()}
         for name in ("loss", "grad_norm"):
             value = statistics[name]
@@ -1345,17 +1353,17 @@ def pretrain(run: Run) -> None:
     posts = run.posts("train")
     tokenizer = train_tokenizer(posts, config.data.query_format, config.pretrain.vocab_size)
     codec, model = Codec(tokenizer, config.data), small_model(config.pretrain, tokenizer, config.seed)
-    model.to(run.engine.device)
+    model = run.engine.place(model)
     posts = run.posts("train", codec)
     titles = Batch(codec.queries(posts), codec.responses([post.title for post in posts]))
     train_language_model(run, "pretrain", model, titles, config.pretrain, 1.0, schedule=lambda progress: 1.0)
-    run.write("base", partial(save_model, model, tokenizer))
+    run.write("base", partial(save_model, model, run.engine.weights(model), tokenizer))
 
 
 def sft(run: Run) -> None:
     """Supervised fine-tuning: −log π(summary and EOS | query) [D4, D6]."""
     config, codec = run.config.sft, run.codec(run.base)
-    model = load_policy(run.base).to(run.engine.device)
+    model = run.engine.place(load_policy(run.base))
     check_room(model, run.config.data)
     train, valid = run.examples("train", codec), run.examples("valid", codec)
     train_language_model(run, "sft", model, train, config, config.prompt_weight, cosine)
@@ -1363,7 +1371,7 @@ def sft(run: Run) -> None:
     wrong = held_out_loss(model, valid.exchanged(), run.engine)
     run.log({"valid/loss": right, "valid/loss_other_post": wrong})
     run.say(f"held-out loss {right:.3f} nats per token, {wrong:.3f} with another post's summary")
-    run.write("sft", partial(save_model, model, codec.tokenizer))
+    run.write("sft", partial(save_model, model, run.engine.weights(model), codec.tokenizer))
 
 
 def author_responses(codec: Codec, posts: Sequence[Post], model: PreTrainedModel) -> list[list[int]]:
@@ -1396,7 +1404,7 @@ def train_language_model(
         f"{model.config.model_type}, {millions:.2f}M parameters, vocabulary {vocabulary:,}; {len(batch):,} examples"
     )
     optimizer = adamw({"params": model.parameters(), "lr": config.lr}, beta2=run.engine.adam_beta2)
-    for step in run.steps(stage, len(steps), model=model, optimizer=optimizer):
+    for step in run.steps(stage, len(steps), optimizer, model=model):
         set_lr(optimizer, warmup(step, len(steps)) * schedule(step / len(steps)))
         minibatch = batch[steps[step]]
         groups = micro_batches(minibatch.lengths, range(len(minibatch)), run.engine.micro_batch_size)
@@ -1431,7 +1439,7 @@ def held_out_loss(model: PreTrainedModel, batch: Batch, engine: Engine) -> float
 def compare(run: Run) -> None:
     """Comparisons where the user has none: the labeler judges samples of the SFT model."""
     config, seed = run.config, run.config.seed
-    codec, policy = run.codec(run.sft_model), load_policy(run.sft_model).to(run.engine.device)
+    codec, policy = run.codec(run.sft_model), run.engine.place(load_policy(run.sft_model))
     check_room(policy, config.data)
     labeler = Labeler(run.posts("train"))
     for split, limit in (("train", config.compare.posts), ("valid", None)):
@@ -1469,7 +1477,7 @@ def reward(run: Run) -> None:
     """The reward model: −log σ(score of chosen − score of rejected) [5, §3.4], then centred [D9]."""
     config, engine, seed = run.config.reward, run.engine, run.config.seed
     codec = run.codec(run.sft_model)
-    model = ScalarModel.load(run.sft_model, new_head=rng(seed, "reward head")).to(engine.device)
+    model = engine.place(ScalarModel.load(run.sft_model, new_head=rng(seed, "reward head")))
     check_room(model.classifier, run.config.data)
     model.classifier.config.preferences_of = "humans" if run.config.data.comparisons_train else "labeler"
     summaries = run.examples("train", codec)
@@ -1482,7 +1490,7 @@ def reward(run: Run) -> None:
     steps = chunks(order, config.batch_size)
     trained = {"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr}
     optimizer = adamw(trained, beta2=engine.adam_beta2)
-    for step in run.steps("reward", len(steps), model=model, optimizer=optimizer):
+    for step in run.steps("reward", len(steps), optimizer, model=model):
         set_lr(optimizer, warmup(step, len(steps)) * cosine(step / len(steps)))
         groups = micro_batches(lengths, steps[step], engine.micro_batch_size)
         losses = partial(reward_losses, model, chosen, rejected, len(steps[step]), engine)
@@ -1494,7 +1502,7 @@ def reward(run: Run) -> None:
         run.warn(["the reward model is hardly better than chance; PPO would follow noise"])
     cells = [[kind, f"{accuracy:.3f}", f"{pairs:,}"] for kind, (accuracy, pairs) in accuracies.items()]
     run.say(table([["held-out pairs", "accuracy", "pairs"], *cells]))
-    run.write("reward", partial(model.save, codec.tokenizer))
+    run.write("reward", partial(model.save, engine.weights(model), codec.tokenizer))
 
 
 def reward_losses(
@@ -1570,8 +1578,8 @@ def ppo(run: Run) -> None:
         f"{config.num_ppo_epochs} epochs of {config.num_minibatches} minibatches"
     )
     history = run.logged("ppo")  # empty, but in a resumed run
-    parts = {"policy": models.policy, "value_model": models.value_model, "optimizer": optimizer}
-    for update in run.steps("ppo", config.num_updates, **parts):
+    trained = {"policy": models.policy, "value_model": models.value_model}
+    for update in run.steps("ppo", config.num_updates, optimizer, **trained):
         engine.statement()  # what came before is not this update's
         set_lr(optimizer, 1 - update / config.num_updates)
         episodes = range(update * config.batch_size, (update + 1) * config.batch_size)
@@ -1600,12 +1608,14 @@ def ppo(run: Run) -> None:
         if config.max_kl is not None and statistics["objective/kl"] > config.max_kl:
             run.say(f"stopped: KL {statistics['objective/kl']:.2f} exceeds --ppo.max-kl {config.max_kl}")
             break
-    run.write("ppo", partial(save_model, models.policy, codec.tokenizer))
+    run.write("ppo", partial(save_model, models.policy, engine.weights(models.policy), codec.tokenizer))
 
 
 def load_models(run: Run) -> Models:
     """Policy and reference from SFT; value model from the reward model [D10], or, with a rule, from SFT with head 0."""
-    policy, ref_policy = load_policy(run.sft_model), load_policy(run.sft_model).requires_grad_(False)
+    place = run.engine.place  # each at once: sharded models should not wait whole for one another
+    policy = place(load_policy(run.sft_model))
+    ref_policy = place(load_policy(run.sft_model).requires_grad_(False))
     check_room(policy, run.config.data)
     reward_model = load_scorer(run)
     if run.config.ppo.value_model == "shared":
@@ -1615,8 +1625,7 @@ def load_models(run: Run) -> Models:
     else:
         value_model = ScalarModel.load(run.sft_model, train_bias=True, new_head=rng(run.config.seed, "value head"))
         nn.init.zeros_(value_model.classifier.score.weight)
-    to = run.engine.device
-    return Models(policy.to(to), value_model.to(to), ref_policy.to(to), reward_model)
+    return Models(policy, place(value_model), ref_policy, reward_model)
 
 
 def load_scorer(run: Run) -> ScalarModel | RewardFunction:
@@ -1629,7 +1638,7 @@ def load_scorer(run: Run) -> ScalarModel | RewardFunction:
 def load_reward_model(run: Run, folder: str | Path) -> ScalarModel:
     same = load_tokenizer(folder).get_vocab() == load_tokenizer(run.sft_model).get_vocab()
     refuse(not same, f"{folder} and {run.sft_model} have different tokenizers; the reward model needs the policy's")
-    return ScalarModel.load(folder).requires_grad_(False).to(run.engine.device)
+    return run.engine.place(ScalarModel.load(folder).requires_grad_(False))
 
 
 def load_function(flag: str, place: str) -> Callable:
@@ -1820,7 +1829,7 @@ def evaluate(run: Run) -> None:
     codec = run.codec(run.sft_model)
     posts = run.posts("test", codec)[: config.evaluate.posts]
     queries = codec.queries(posts)
-    sft_policy, ppo_policy = (load_policy(folder).to(engine.device) for folder in (run.sft_model, run.ppo_model))
+    sft_policy, ppo_policy = (engine.place(load_policy(folder)) for folder in (run.sft_model, run.ppo_model))
     check_room(sft_policy, config.data)
     scorers = {"score": load_scorer(run)}
     if Path(judge).is_dir():
@@ -1991,10 +2000,10 @@ def benchmark(run: Run) -> None:
         model = small_model(config.pretrain, tokenizer, config.seed)
     else:
         tokenizer, model = load_tokenizer(config.model), load_policy(config.model)
-    run.write("sft", partial(save_model, model, tokenizer))
+    run.write("sft", partial(save_model, model, model.state_dict(), tokenizer))
     if config.ppo.reward_function is None:
         scalar = ScalarModel.load(run.sft_model, new_head=rng(config.seed, "reward head"))
-        run.write("reward", partial(scalar.save, tokenizer))
+        run.write("reward", partial(scalar.save, scalar.state_dict(), tokenizer))
         del scalar
     del model
     peak, bandwidth = machine_limits(engine)
@@ -2071,9 +2080,9 @@ def machine_limits(engine: Engine) -> tuple[float, float]:
 class Engine:
     """Where and in what pieces models run, and what that cost: seconds, tokens, padding by phase (of process 0).
 
-    Several processes (torchrun) hold the same weights and share the work: groups of rows are dealt out whole, gradients
-    and results summed. The groups, and all randomness, are those of one process: so are the results, up to the order
-    of sums.
+    Several processes (torchrun) share the work: groups of rows are dealt out whole, gradients and results summed. Each
+    holds all weights, or with --compute.shard a share of them. The groups, and all randomness, are those of one
+    process: so are the results, up to the order of sums.
     """
 
     device: torch.device = torch.device("cpu")
@@ -2082,6 +2091,7 @@ class Engine:
     sample_batch_size: int = 256
     max_grad_norm: float = 1.0
     adam_beta2: float = 0.999
+    shard: bool = False
     rank: int = 0
     world: int = 1
     phase: str = ""
@@ -2103,15 +2113,66 @@ class Engine:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         sizes = (compute.micro_batch_size, compute.sample_batch_size, compute.max_grad_norm, compute.adam_beta2)
         many = dist.is_initialized()
+        refuse(compute.shard and not many, "--compute.shard spreads weights over processes: start them with torchrun")
         rank, world = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
-        return cls(device, bfloat16, *sizes, rank=rank, world=world)
+        return cls(device, bfloat16, *sizes, shard=compute.shard, rank=rank, world=world)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model on this process's device: whole, or its share of every weight, by FSDP2.
+
+        Of a sharded model only the transformer block that computes is whole.
+        """
+        if not self.shard:
+            return model.to(self.device)
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world,))
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        for block in max(lists, key=len, default=()):  # the longest list of modules: the transformer's blocks
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True)
+        return model
+
+    @contextmanager
+    def gathered(self, model: nn.Module) -> Iterator[None]:
+        """Inside, a model that was called once stays whole, so that processes can call it differently often."""
+        shards = [module for module in model.modules() if self.shard and hasattr(module, "reshard")]
+        for module in shards:
+            module.set_reshard_after_forward(False, recurse=False)
+        yield
+        for module in shards:
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """All weights by name; of a sharded model, gathered on the CPU of process 0. Every process must ask."""
+        if not self.shard:
+            return model.state_dict()
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        once = dict(chain(model.named_parameters(), model.named_buffers()))  # tied weights have several names
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return {name: weight for name, weight in state.items() if name in once}
+
+    def backward(self, loss: Tensor) -> None:
+        """FSDP2 averages gradients over the processes; shares of a loss should add up."""
+        (loss * self.world if self.shard else loss).backward()
+
+    def finish_gradients(self, parameters: list[Tensor]) -> Tensor:  # ()
+        """Sum gradients over the processes, unless FSDP2 did, and clip their norm [D22]; the norm before."""
+        if not self.shard:
+            self.add_up([p.grad for p in parameters if p.grad is not None])
+        norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
+        return norm.full_tensor() if self.shard else norm
+
     def deal(self, groups: list[list[int]]) -> list[tuple[list[int], bool]]:
-        """This process's groups. One that gets none computes the first without its counting, for sums need all."""
-        return [(rows, True) for rows in groups[self.rank :: self.world]] or [(groups[0], False)]
+        """This process's groups. All compute equally many, as sums and shards need all: the first fills up, and there
+        does not count."""
+        mine = [(rows, True) for rows in groups[self.rank :: self.world]]
+        return mine + [(groups[0], False)] * (math.ceil(len(groups) / self.world) - len(mine))
 
     def add_up(self, tensors: list[Tensor]) -> None:
         """Sum each tensor over the processes, in place."""
@@ -2320,30 +2381,31 @@ class Run:
             path.unlink()
         self.engine.agree(None)
 
-    def steps(self, title: str, total: int, **parts: nn.Module | torch.optim.Optimizer) -> Iterator[int]:
+    def steps(
+        self, title: str, total: int, optimizer: torch.optim.Optimizer | None = None, **models: nn.Module
+    ) -> Iterator[int]:
         """Step numbers, with a progress bar on a terminal and a line at the end.
 
-        `parts` is all that steps change: with it, the loop can be interrupted, and goes on where it was.
+        Optimizer and models are all that steps change: with them, the loop can be interrupted, and later go on.
         """
         start, before, first = time.monotonic(), Counter(self.engine.costs), 0
-        if parts and self.checkpoint is not None:
+        if optimizer and self.checkpoint is not None:
             first = self.checkpoint["step"]
-            for name, part in parts.items():
-                part.load_state_dict(self.checkpoint[name])
+            self.restore(self.checkpoint, nn.ModuleDict(models), optimizer)
             self.checkpoint = None
             self.say(f"going on after step {first:,} of {total:,}")
         with tqdm(
             total=total, initial=first, desc=title, disable=None if self.engine.rank == 0 else True, leave=False
         ) as self.bar:
-            self.can_stop = bool(parts)
+            self.can_stop = optimizer is not None
             try:
                 for self.step in range(first, total):
                     yield self.step
                     self.bar.update()
                     due = time.monotonic() - self.saved >= 60 * self.config.compute.checkpoint_minutes
-                    due, stopping = self.engine.agree((due, self.stopping)) if parts else (False, False)
+                    due, stopping = self.engine.agree((due, self.stopping)) if optimizer else (False, False)
                     if due or stopping:
-                        self.save_checkpoint(self.step + 1, parts)
+                        self.save_checkpoint(self.step + 1, nn.ModuleDict(models), optimizer)
                     if stopping:
                         raise KeyboardInterrupt
             finally:
@@ -2355,20 +2417,29 @@ class Run:
 
     # checkpoints: all that a stage's steps change, and how long the logs were then
 
-    def save_checkpoint(self, step: int, parts: dict[str, nn.Module | torch.optim.Optimizer]) -> None:
-        state = {name: part.state_dict() for name, part in parts.items()}
+    def save_checkpoint(self, step: int, models: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # so that any number of processes can go on
+        state = dict(zip(("models", "optimizer"), get_state_dict(models, optimizer, options=whole)))
         state |= {"step": step, "sizes": self.sizes_of_logs()}
         self.write(f"checkpoint/{self.stage}-{step:08d}.pt", partial(torch.save, state))
         for old in self.checkpoints()[:-2] if self.engine.rank == 0 else ():
             old.unlink()
         self.saved = time.monotonic()
 
+    def restore(self, state: dict, models: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+        values = {"model_state_dict": state["models"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(models, optimizer, **values, options=StateDictOptions(full_state_dict=True))
+
     def newest_checkpoint(self) -> dict | None:
         """The newest usable checkpoint of this stage; torch.load with weights_only runs no code."""
         state, broken = None, []
         for path in reversed(self.checkpoints()):
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 break
             except Exception as error:  # whatever a broken file makes torch.load say
                 self.say_once(f"{path} is not usable ({' '.join(str(error).split())[:80]}); trying the one before")
@@ -2589,7 +2660,8 @@ def main() -> None:
         print(f"pmo: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"pmo: lower --compute.micro-batch-size or --compute.sample-batch-size: {error}", file=sys.stderr)
+        remedies = "--compute.micro-batch-size, --compute.sample-batch-size, or with several processes --compute.shard"
+        print(f"pmo: too little memory; see {remedies}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         print(f"pmo: interrupted; {error}", file=sys.stderr)

@@ -1336,7 +1336,7 @@ def engine(micro_batch_size: int = 32, **kwargs: object):
 def everything_of(family: str, batch, temperature: float = 0.7, **kwargs: object) -> list[Tensor]:
     """Log-probabilities, values (B, T) and scores (B,) of a batch."""
     policy, value_model, reward_model = tiny_policy(family), tiny_scalar(family, 1), tiny_scalar(family, 2)
-    function = lambda x: [impl.response_logprobs(policy, x, temperature), value_model(x), reward_model.scores(x)]  # noqa: E731
+    function = lambda x: [impl.response_logprobs(policy, x, temperature), value_model.values(x), reward_model.scores(x)]  # noqa: E731
     return impl.map_rows(batch, engine(**kwargs), function)
 
 
@@ -1372,7 +1372,7 @@ def test_ids_in_padding_do_not_matter():
             with torch.no_grad():
                 for clean, other in ((impl.response_logprobs(policy, x, 0.7)[layout.mask] for x in (layout, dirty)),):
                     close(other, clean, tolerance=1e-6)
-                close(scalar(dirty)[layout.mask], scalar(layout)[layout.mask], tolerance=1e-6)
+                close(scalar.values(dirty)[layout.mask], scalar.values(layout)[layout.mask], tolerance=1e-6)
                 close(scalar.scores(dirty), scalar.scores(layout), tolerance=1e-6)
 
 
@@ -1403,7 +1403,7 @@ def test_values_are_read_before_and_scores_at_each_token():
         with torch.no_grad():
             scalar.bias.fill_(0.5)
             layout = impl.lay_out(batch)
-            values, scores = scalar(layout), scalar.scores(layout)
+            values, scores = scalar.values(layout), scalar.scores(layout)
         for i, (query, response) in enumerate(zip(batch.queries, batch.responses)):
             with torch.no_grad():
                 hidden = scalar.classifier.base_model(input_ids=torch.tensor([query + response])).last_hidden_state[0]
@@ -1544,7 +1544,7 @@ def test_saved_reward_model_gives_the_same_scores_in_transformers(tmp_path_facto
         batch = impl.Batch([[5, 6], [7, 8, 9]], [[10, eos], [11, 12, 13, eos]])
         with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
             scores = model.scores(impl.lay_out(batch))
-            model.save(tokenizer, Path(folder))
+            model.save(model.state_dict(), tokenizer, Path(folder))
             theirs = hf.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
             pad = theirs.config.pad_token_id
             assert pad is not None and pad != eos and 0 <= pad < theirs.config.vocab_size, f"pad id {pad}, EOS {eos}"
@@ -1605,7 +1605,7 @@ def test_value_model_starts_as_the_reward_model():
     reward_model, tokenizer = tiny_scalar("neox"), tiny_tokenizer()
     reward_model.center(1.5)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        reward_model.save(tokenizer, Path(folder))
+        reward_model.save(reward_model.state_dict(), tokenizer, Path(folder))
         value_model = impl.ScalarModel.load(folder, train_bias=True)
         layout = impl.lay_out(some_batch())
         close(value_model.scores(layout), reward_model.scores(layout), tolerance=1e-6)
@@ -2869,7 +2869,7 @@ def test_a_rule_replaces_the_reward_model():
         config = tiny_config("rule again", stages=("ppo",), from_run=whole, data=data)
         config = replace(config, ppo=replace(config.ppo, reward_function="toy_rules:names_it"))
         models = impl.load_models(impl.Run(config))
-        assert (models.value_model(impl.lay_out(some_batch())) == 0).all()
+        assert (models.value_model.values(impl.lay_out(some_batch())) == 0).all()
         assert models.value_model.bias.requires_grad and models.value_model.classifier.score.weight.requires_grad
         for function, culprit in (
             ("broken", "returned None"),
@@ -2995,7 +2995,7 @@ def test_any_decoder_will_do():
             scalar.center(1.5)
             scores = impl.scores_of(scalar, batch, engine())
             tokenizer = tiny_tokenizer()
-            scalar.save(tokenizer, Path(folder) / "reward")
+            scalar.save(scalar.state_dict(), tokenizer, Path(folder) / "reward")
             classifier = hf.AutoModelForSequenceClassification.from_pretrained(Path(folder) / "reward").eval()
             for i, (query, response) in enumerate(zip(batch.queries, batch.responses)):
                 with torch.no_grad():
@@ -3069,7 +3069,7 @@ def test_ppo_converges_to_the_closed_form_optimum():
     logged: list[dict] = []
     run = SimpleNamespace(
         config=config, engine=engine(256), sft_model=None, codec=lambda folder: codec, posts=lambda split, codec: toy_posts(8),
-        steps=lambda title, n, **parts: range(n), log=logged.append, logged=lambda stage: [], write=lambda *args: None, say=lambda text: None, warn=list,
+        steps=lambda title, n, optimizer, **models: range(n), log=logged.append, logged=lambda stage: [], write=lambda *args: None, say=lambda text: None, warn=list,
     )  # fmt: skip
     one_token = impl.noise
     with pytest.MonkeyPatch.context() as patch:
@@ -3848,35 +3848,60 @@ def test_a_checkpoint_restores_what_steps_change():
     assert metrics_of(run.folder) == metrics_of(workshop() / "runs" / "not interrupted")
 
 
+def on_processes(processes: int, config: object, where: str = "log", count: int = 0) -> subprocess.CompletedProcess:
+    """The same with torchrun; `where` and `count` as in `killed`."""
+    (workshop() / "killer.py").write_text(KILLER)
+    source = Path(impl.__file__).resolve()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    killer = [str(workshop() / "killer.py"), where, str(count), str(source.parent), source.stem]
+    calm = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    options = {"capture_output": True, "text": True, "timeout": 300, "cwd": workshop(), "env": calm}
+    return subprocess.run([*launcher, *killer, *flags_of(config)], **options)
+
+
+def agrees_with(one: Path, many: Path) -> None:
+    """The same texts, and metrics within 1e-4."""
+    for name in ("samples.jsonl", "eval.jsonl", "data/comparisons_train.jsonl"):
+        pattern = r'_score": [^,}]*'
+        assert re.sub(pattern, "", (one / name).read_text()) == re.sub(pattern, "", (many / name).read_text()), name
+    for expected, found in zip(metrics_of(one), metrics_of(many)):
+        if "accuracy" in expected:  # of 16 pairs: rounding decides a tie
+            assert found.pop("accuracy") == pytest.approx(expected.pop("accuracy"), abs=0.07)
+        skip = ("tokens/", "padding/")  # of process 0
+        assert expected.pop("stage") == found.pop("stage")
+        expected, found = ({k: v for k, v in m.items() if not k.startswith(skip)} for m in (expected, found))
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert len(metrics_of(one)) == len(metrics_of(many))
+
+
 @law(
-    "two and three processes give the run of one: the same texts, and metrics within 1e-4",
+    "two processes give the run of one: the same texts, and metrics within 1e-4; so do two that share all weights, also "
+    "when they are killed and three go on",
     "D20, D25; README: Many processes", *RESUME_NEEDS,
 )  # fmt: skip
 def test_many_processes_give_the_run_of_one():
-    small = impl.Compute(micro_batch_size=3, sample_batch_size=5)
-    config = tiny_config("one process", compute=small)
+    small = impl.Compute(micro_batch_size=3, sample_batch_size=5, checkpoint_minutes=0.0)
+    config = tiny_config("one process", compute=small, sft=impl.SFT(epochs=3.0))
+    config = replace(config, pretrain=replace(config.pretrain, epochs=2.0))
     impl.start(config)
-    one = workshop() / "runs" / "one process"
-    for processes in (2, 3):
-        config = replace(config, name=f"{processes} processes")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-        command = [*launcher, str(Path(impl.__file__).resolve()), *flags_of(config)]
-        calm = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=workshop(), env=calm)
-        assert result.returncode == 0, result.stderr[-3000:]
-        assert result.stdout.count("== ppo") == 1, "one process speaks"
-        many = workshop() / "runs" / f"{processes} processes"
-        for name in ("samples.jsonl", "eval.jsonl", "data/comparisons_train.jsonl"):
-            pattern = r'_score": [^,}]*'
-            assert re.sub(pattern, "", (one / name).read_text()) == re.sub(pattern, "", (many / name).read_text()), name
-        for expected, found in zip(metrics_of(one), metrics_of(many)):
-            if "accuracy" in expected:  # of 16 pairs: rounding decides a tie
-                assert found.pop("accuracy") == pytest.approx(expected.pop("accuracy"), abs=0.07)
-            skip = ("tokens/", "padding/")  # of process 0
-            assert expected.pop("stage") == found.pop("stage")
-            expected, found = ({k: v for k, v in m.items() if not k.startswith(skip)} for m in (expected, found))
-            assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
-        assert len(metrics_of(one)) == len(metrics_of(many))
+    runs = workshop() / "runs"
+    result = on_processes(2, replace(config, name="two processes"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("== ppo") == 1, "one process speaks"
+    agrees_with(runs / "one process", runs / "two processes")
+    sharded = replace(config, name="sharded", compute=replace(small, shard=True))
+    result = on_processes(2, sharded, "rollout", 3)
+    assert "Signal 9" in result.stderr and not (runs / "sharded" / "ppo").exists(), result.stderr[-3000:]
+    result = on_processes(3, replace(sharded, resume=True))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "going on after step 2 of 3" in result.stdout and "== sft" not in result.stdout
+    agrees_with(runs / "one process", runs / "sharded")
+    for stage in ("sft", "reward", "ppo"):
+        whole, gathered = weights_of(runs / "one process" / stage), weights_of(runs / "sharded" / stage)
+        assert whole.keys() == gathered.keys()
+        for name, weight in whole.items():
+            close(gathered[name], weight, tolerance=1e-4)
+    assert "torchrun" in config_error(lambda: impl.Run(replace(sharded, name="alone")))
 
 
 @law(
@@ -4163,11 +4188,11 @@ MUTANTS = [
     # models
     Mutant("the score is read before EOS", "test_values_are_read_before_and_scores_at_each_token", "layout.mask.sum(1, keepdim=True)\n        return", "layout.mask.sum(1, keepdim=True) - 1\n        return"),
     Mutant("the score is read in the last column", "test_padding_changes_no_logprob_value_or_score", "last = layout.index[:, :1] + layout.mask.sum(1, keepdim=True)\n", "last = torch.full_like(layout.index[:, :1], layout.tokens.shape[1] - 1)\n"),
-    Mutant("values see the action they judge", "test_values_are_read_before_and_scores_at_each_token", "return self.at(layout.tokens, layout.index)", "return self.at(layout.tokens, (layout.index + 1).clamp(max=layout.tokens.shape[1] - 1))"),
+    Mutant("values see the action they judge", "test_values_are_read_before_and_scores_at_each_token", "return self(layout.tokens, layout.index)", "return self(layout.tokens, (layout.index + 1).clamp(max=layout.tokens.shape[1] - 1))"),
     Mutant("padding attends as text", "test_ids_in_padding_do_not_matter", "hidden = take(self.classifier.base_model(input_ids=tokens, use_cache=False).last_hidden_state, index)", "hidden = self.classifier.base_model(input_ids=tokens, use_cache=False).last_hidden_state\n        hidden = take(hidden + hidden.mean(1, keepdim=True), index)"),
-    Mutant("centring adds the mean", "test_centring_is_idempotent", "self.bias -= mean_score", "self.bias += mean_score"),
-    Mutant("the offset is saved with the wrong sign", "test_saved_reward_model_gives_the_same_scores_in_transformers", "score_offset = -self.bias.item()", "score_offset = self.bias.item()"),
-    Mutant("the offset is not loaded", "test_value_model_starts_as_the_reward_model", "torch.tensor(-offset)", "torch.tensor(0.0)"),
+    Mutant("centring adds the mean", "test_centring_is_idempotent", "self.bias.sub_(mean_score)", "self.bias.add_(mean_score)"),
+    Mutant("the offset is saved with the wrong sign", "test_saved_reward_model_gives_the_same_scores_in_transformers", "score_offset = -weights.pop(\"bias\")", "score_offset = weights.pop(\"bias\")"),
+    Mutant("the offset is not loaded", "test_value_model_starts_as_the_reward_model", "torch.tensor([-offset])", "torch.tensor([0.0])"),
     Mutant("pad stays EOS", "test_saved_reward_model_gives_the_same_scores_in_transformers", "if pad is None or pad == eos or pad >= size:", "if pad is None or pad >= size:"),
     Mutant("the reward head starts too small", "test_reward_head_starts_with_the_papers_spread", "/ math.sqrt(weight.shape[1] + 1)", "/ (weight.shape[1] + 1)"),
     Mutant("dropout is on", "test_models_load_without_dropout_in_float32", "load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32).eval()", "load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32).train()"),
@@ -4188,7 +4213,7 @@ MUTANTS = [
     Mutant("SFT does not learn EOS", "test_sft_loss_is_over_response_tokens_and_eos", "losses, layout.mask & ~of_query,", "losses, F.pad(layout.mask, (0, 1))[:, 1:] & ~of_query,"),
     Mutant("Adam has its default eps", "test_optimizer_steps_are_adams_with_clipped_gradients", "eps=1e-5", "eps=1e-8"),
     Mutant("weights decay", "test_optimizer_steps_are_adams_with_clipped_gradients", "weight_decay=0.0", "weight_decay=0.01"),
-    Mutant("gradients are not clipped", "test_optimizer_steps_are_adams_with_clipped_gradients", "engine.max_grad_norm or math.inf", "math.inf"),
+    Mutant("gradients are not clipped", "test_optimizer_steps_are_adams_with_clipped_gradients", "self.max_grad_norm or math.inf", "math.inf"),
     Mutant("non-finite losses are stepped on", "test_non_finite_losses_stop_before_the_step", "if not math.isfinite(value):\n                raise Diverged(f\"{name} is {value}, so", "if False:\n                raise Diverged(f\"{name} is {value}, so"),
     Mutant("warm-up starts at 0", "test_schedules_rise_and_fall", "min(1.0, (step + 1) / max", "min(1.0, step / max"),
     Mutant("a missing EOS costs nothing", "test_rewards_follow_the_flags", "scores = penalize_missing_eos(rollout.scores, rollout.has_eos, config.missing_eos_score)\n    kl =", "scores = rollout.scores\n    kl ="),
@@ -4257,17 +4282,17 @@ MUTANTS = [
     Mutant("scoring is not counted", "test_costs_are_counted_once", "layout = engine.lay_out(batch[rows])\n            with", "layout = lay_out(batch[rows], engine.device)\n            with"),
     Mutant("training counts two passes per operation", "test_a_benchmark_says_where_the_time_goes", '"training": 6 * (', '"training": 4 * ('),
     Mutant("the cache is read once per row", "test_a_benchmark_says_where_the_time_goes", "width * context * written\n", "width * context * rows\n"),
-    Mutant("a resumed run starts its stage anew", "test_a_checkpoint_restores_what_steps_change", "                part.load_state_dict(self.checkpoint[name])", "                pass"),
+    Mutant("a resumed run starts its stage anew", "test_a_checkpoint_restores_what_steps_change", "            self.restore(self.checkpoint, nn.ModuleDict(models), optimizer)\n", ""),
     Mutant("work is dealt twice", "test_work_is_dealt_once", "groups[self.rank :: self.world]]", "groups[self.rank :]]"),
-    Mutant("a process without work counts the first group", "test_work_is_dealt_once", "or [(groups[0], False)]", "or [(groups[0], True)]"),
+    Mutant("a process without work counts the first group", "test_work_is_dealt_once", "[(groups[0], False)]", "[(groups[0], True)]"),
     Mutant("other flags may resume", "test_resuming_something_else_is_refused", "refuse(bool(changed), f", "refuse(False, f"),
     Mutant("a checkpoint of another stage is used", "test_resuming_something_else_is_refused", '.glob(f"{self.stage}-*.pt")', '.glob("*.pt")'),
-    Mutant("a resumed run repeats a step", "test_a_checkpoint_restores_what_steps_change", "self.save_checkpoint(self.step + 1, parts)", "self.save_checkpoint(self.step, parts)"),
+    Mutant("a resumed run repeats a step", "test_a_checkpoint_restores_what_steps_change", "self.save_checkpoint(self.step + 1, nn", "self.save_checkpoint(self.step, nn"),
     Mutant("logs are not cut", "test_a_checkpoint_restores_what_steps_change", "os.truncate(self.folder / name, size)", "pass"),
     Mutant("all checkpoints are kept", "test_a_checkpoint_restores_what_steps_change", "self.checkpoints()[:-2]", "self.checkpoints()[:0]"),
     # whole runs
     Mutant("the learning rate stays up", "test_a_run_logs_finite_numbers_and_ratio_one", "set_lr(optimizer, 1 - update / config.num_updates)", "set_lr(optimizer, 1.0)"),
-    Mutant("the reference learns with the policy", "test_frozen_models_stay_frozen", "policy, ref_policy = load_policy(run.sft_model), load_policy(run.sft_model).requires_grad_(False)", "policy = ref_policy = load_policy(run.sft_model)"),
+    Mutant("the reference learns with the policy", "test_frozen_models_stay_frozen", "ref_policy = place(load_policy(run.sft_model).requires_grad_(False))", "ref_policy = policy"),
     Mutant("minibatches are the same in every epoch", "test_ppo_uses_every_rollout_once_per_epoch", 'rng(seed, "minibatches", update, epoch)', 'rng(seed, "minibatches", update)'),
     Mutant("advantages are never whitened", "test_ppo_whitens_advantages_over_the_batch", "        if config.whiten_advantages:\n", "        if False:\n"),
     Mutant("the reward model is not centred", "test_the_reward_model_of_a_run_is_centred", "    model.center(scores_of(model, summaries, engine).mean().item())\n", ""),
