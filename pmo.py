@@ -370,7 +370,8 @@ class Config:
     out: Path = Path("runs")
     """Folder of all runs."""
     resume: bool = False
-    """Go on with the run --name, which was interrupted, from its last checkpoint; all other flags as before."""
+    """Go on with the run --name, which was interrupted, from its last checkpoint. All other flags as before; learning
+    rates and --compute may change."""
     from_run: Path | None = None
     """Folder of an earlier run; stands in for the data and models that this run's stages do not make."""
     model: str | None = None
@@ -1703,7 +1704,12 @@ def roll_out(
     lengths = torch.tensor([len(response) for response in batch.responses], device=engine.device)
     has_eos = torch.tensor([response[-1] == eos_id for response in batch.responses], device=engine.device)
     mask = length_mask(lengths, logprobs.shape[1])
-    return Rollout(batch, mask, logprobs, ref_logprobs, entropy, values, score(batch), has_eos)
+    rollout = Rollout(batch, mask, logprobs, ref_logprobs, entropy, values, score(batch), has_eos)
+    for name in ("logprobs", "ref_logprobs", "values", "scores"):
+        finite = getattr(rollout, name).isfinite().all()
+        if not finite:
+            raise Diverged(f"{name} of the rollout are not finite: that model's weights or activations are not [D22]")
+    return rollout
 
 
 def shape_rewards(rollout: Rollout, config: PPO) -> Tensor:  # (B, T)
@@ -2241,18 +2247,18 @@ class Run:
         self.sizes = dict.fromkeys(LOGS, 0)  # of the logs, in bytes, when the last stage had finished
         self.saved = self.started = self.entered = time.monotonic()
         self.stage, self.step, self.stopping, self.can_stop = "", 0, False, False
+        self.trained: tuple[nn.ModuleDict, torch.optim.Optimizer] | None = None  # what this stage's steps change
         self.checkpoint: dict | None = None  # of the stage that is to go on
         self.seconds: dict[str, float] = {}
         self.said: set[str] = set()
-        folder = None
-        if self.engine.rank == 0:
-            folder = self.reopen() if config.resume else fresh_folder(config.out, config.name)
-        self.folder = self.engine.agree(folder)
-        if config.resume and self.engine.rank:
-            self.reopen()
-        if not config.resume:
-            self.write("config.json", partial(write_json, provenance(config)))
-            (self.folder / "checkpoint").mkdir(exist_ok=True)
+        if config.resume:
+            self.folder = config.out / config.name
+            record = self.reopen()
+        else:
+            self.folder = self.engine.agree(fresh_folder(config.out, config.name) if self.engine.rank == 0 else None)
+            record = provenance(config)
+        self.write("config.json", partial(write_json, record))
+        (self.folder / "checkpoint").mkdir(exist_ok=True)
         self.writer = None
         if config.track and self.engine.rank == 0:
             try:
@@ -2373,6 +2379,7 @@ class Run:
 
     def leave(self) -> None:
         """The stage is finished: a resumed run will not repeat it."""
+        self.trained = None
         self.seconds[self.stage] = round(time.monotonic() - self.entered, 1)
         self.finished.append(self.stage)
         self.sizes = self.sizes_of_logs()
@@ -2389,23 +2396,24 @@ class Run:
         Optimizer and models are all that steps change: with them, the loop can be interrupted, and later go on.
         """
         start, before, first = time.monotonic(), Counter(self.engine.costs), 0
-        if optimizer and self.checkpoint is not None:
+        self.trained = (nn.ModuleDict(models), optimizer) if optimizer else None
+        if self.trained and self.checkpoint is not None:
             first = self.checkpoint["step"]
-            self.restore(self.checkpoint, nn.ModuleDict(models), optimizer)
+            self.restore(self.checkpoint)
             self.checkpoint = None
             self.say(f"going on after step {first:,} of {total:,}")
         with tqdm(
             total=total, initial=first, desc=title, disable=None if self.engine.rank == 0 else True, leave=False
         ) as self.bar:
-            self.can_stop = optimizer is not None
+            self.can_stop = self.trained is not None
             try:
                 for self.step in range(first, total):
                     yield self.step
                     self.bar.update()
                     due = time.monotonic() - self.saved >= 60 * self.config.compute.checkpoint_minutes
-                    due, stopping = self.engine.agree((due, self.stopping)) if optimizer else (False, False)
+                    due, stopping = self.engine.agree((due, self.stopping)) if self.trained else (False, False)
                     if due or stopping:
-                        self.save_checkpoint(self.step + 1, nn.ModuleDict(models), optimizer)
+                        self.save_checkpoint(self.step + 1)
                     if stopping:
                         raise KeyboardInterrupt
             finally:
@@ -2417,22 +2425,34 @@ class Run:
 
     # checkpoints: all that a stage's steps change, and how long the logs were then
 
-    def save_checkpoint(self, step: int, models: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+    def save_checkpoint(self, step: int) -> None:
+        """From which a resumed run goes on with this step."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # so that any number of processes can go on
-        state = dict(zip(("models", "optimizer"), get_state_dict(models, optimizer, options=whole)))
+        state = dict(zip(("models", "optimizer"), get_state_dict(*self.trained, options=whole)))
         state |= {"step": step, "sizes": self.sizes_of_logs()}
         self.write(f"checkpoint/{self.stage}-{step:08d}.pt", partial(torch.save, state))
         for old in self.checkpoints()[:-2] if self.engine.rank == 0 else ():
             old.unlink()
         self.saved = time.monotonic()
 
-    def restore(self, state: dict, models: nn.ModuleDict, optimizer: torch.optim.Optimizer) -> None:
+    def rescue(self) -> str:
+        """After a step that was refused: save what there was before it. A resumed run begins the step anew."""
+        if self.trained is None:
+            return "nothing was being trained"
+        self.save_checkpoint(self.step)
+        return f"the weights before it are saved: {self.how_to_go_on()}; the learning rates may change"
+
+    def restore(self, state: dict) -> None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
+        models, optimizer = self.trained
+        rates = [group["initial_lr"] for group in optimizer.param_groups]  # the flags', which may have changed
         values = {"model_state_dict": state["models"], "optim_state_dict": state["optimizer"]}
         set_state_dict(models, optimizer, **values, options=StateDictOptions(full_state_dict=True))
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["initial_lr"] = rate
 
     def newest_checkpoint(self) -> dict | None:
         """The newest usable checkpoint of this stage; torch.load with weights_only runs no code."""
@@ -2453,23 +2473,24 @@ class Run:
         """This stage's, the oldest first."""
         return sorted((self.folder / "checkpoint").glob(f"{self.stage}-*.pt"))
 
-    def reopen(self) -> Path:
-        """The folder of an interrupted run, if its flags were the same."""
-        folder = self.config.out / self.config.name
+    def reopen(self) -> dict:
+        """What config.json will say of a run that goes on, if its flags are the same, or may change."""
         try:
-            before = json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"--resume: {folder} is not the folder of a run: {error}") from None
-        finished = not (folder / "checkpoint").is_dir()
-        refuse(finished, f"--resume: {folder} has no checkpoint folder, so it is finished; --from-run can use it")
-        now = json.loads(json.dumps(asdict(self.config), default=str))
-        changed = [name for name in now if now[name] != before.get(name) and name not in ("resume", "name")]
-        refuse(bool(changed), f"--resume: {folder} was started with other flags: {', '.join(changed)}")
-        path = folder / "checkpoint" / "finished.json"
+            record = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            before, now = flags_of(record["config"]), flags_of(json.loads(json.dumps(asdict(self.config), default=str)))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise InputError(f"--resume: {self.folder} is not the folder of a run: {error}") from None
+        gone = not (self.folder / "checkpoint").is_dir()
+        refuse(gone, f"--resume: {self.folder} has no checkpoint folder, so it is finished; --from-run can use it")
+        changed = {flag: (before.get(flag), value) for flag, value in now.items() if value != before.get(flag)}
+        changes = [f"{flag} was {was}, is {value}" for flag, (was, value) in changed.items() if not may_change(flag)]
+        refuse(bool(changes), f"--resume: {self.folder} was started with other flags: {'; '.join(changes)}")
+        path = self.folder / "checkpoint" / "finished.json"
         if path.exists():
-            record = json.loads(path.read_text(encoding="utf-8"))
-            self.finished, self.sizes = record["stages"], record["sizes"]
-        return folder
+            finished = json.loads(path.read_text(encoding="utf-8"))
+            self.finished, self.sizes = finished["stages"], finished["sizes"]
+        resumed = provenance(self.config) | {"config": changed}
+        return record | {"resumed": [*record.get("resumed", []), resumed]}
 
     def sizes_of_logs(self) -> dict[str, int]:
         return {name: path.stat().st_size if (path := self.folder / name).exists() else 0 for name in LOGS}
@@ -2609,6 +2630,22 @@ def fresh_folder(out: Path, name: str | None) -> Path:
     return out / name
 
 
+def flags_of(section: dict, prefix: str = "") -> dict[str, object]:
+    """--section.flag -> value, of a config as a nested dictionary."""
+    flags: dict[str, object] = {}
+    for name, value in section.items():
+        flags |= (
+            flags_of(value, f"{name}.") if isinstance(value, dict) else {f"--{prefix}{name}".replace("_", "-"): value}
+        )
+    return flags
+
+
+def may_change(flag: str) -> bool:
+    """Flags that a resumed run need not repeat: where and in what pieces to compute; the rates, if it diverged."""
+    computing = flag.startswith("--compute.") and flag != "--compute.adam-beta2"
+    return computing or flag.endswith("lr") or flag in ("--name", "--resume")
+
+
 def provenance(config: Config) -> dict:
     """All flags, versions, and the commit when this file lies in a git checkout."""
     import transformers
@@ -2641,7 +2678,8 @@ def start(config: Config) -> None:
                 globals()[stage](run)
                 run.leave()
     except Diverged as error:
-        raise Diverged(f"{run.stage}, step {run.step + 1}: {error}") from None
+        where = f"{run.stage}, step {run.step + 1}"
+        raise Diverged(f"{where}: {error}; {run.rescue()}") from None
     except KeyboardInterrupt:
         raise KeyboardInterrupt(run.how_to_go_on()) from None
     finally:

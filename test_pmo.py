@@ -3793,9 +3793,16 @@ def test_resuming_something_else_is_refused():
     config = tiny_config("to resume")
     assert "to resume" in config_error(lambda: impl.Run(replace(config, resume=True)))
     impl.Run(config)
-    other = replace(config, resume=True, seed=2, sft=impl.SFT(epochs=3.0))
+    other = replace(config, resume=True, seed=2, sft=replace(config.sft, epochs=3.0, lr=1.0))
     message = config_error(lambda: impl.Run(other))
-    assert "seed" in message and "sft" in message and "reward" not in message
+    assert f"--seed was {config.seed}, is 2; --sft.epochs was {config.sft.epochs}, is 3.0" in message
+    assert "lr" not in message and "reward" not in message
+    for flag, section in (("max_grad_norm", "compute"), ("adam_beta2", "compute"), ("kl_coef", "ppo")):
+        other = replace(config, resume=True, **{section: replace(getattr(config, section), **{flag: 0.5})})
+        if flag == "max_grad_norm":
+            impl.Run(other)
+        else:
+            assert flag.replace("_", "-") in config_error(lambda other=other: impl.Run(other))
     run = impl.Run(replace(config, resume=True))
     torch.save({"step": 7, "sizes": {}}, run.folder / "checkpoint" / "reward-00000007.pt")
     (run.folder / "checkpoint" / "sft-00000008.pt").write_text("not a checkpoint")
@@ -3913,7 +3920,7 @@ def test_work_is_dealt_once(groups, world):
     work = [[i] for i in range(groups)]
     shares = [replace(engine(), rank=rank, world=world).deal(work) for rank in range(world)]
     assert sorted(rows for share in shares for rows, counts in share if counts) == work
-    assert all(share for share in shares)
+    assert {len(share) for share in shares} == {math.ceil(groups / world)}, "all compute equally many"
 
 
 @law(
@@ -3959,10 +3966,45 @@ def test_divergence_names_stage_and_step():
             lambda *args: spoiled(original(*args), next(losses) == 4),
         )  # fmt: skip
         message = config_error(lambda: impl.start(config))
-    assert "sft, step 5: loss is nan" in message and "checkpoint" not in message
+    assert "sft, step 5: loss is nan" in message and "--name diverges --resume" in message
+    folder = workshop() / "runs" / "diverges"
+    (path,) = (folder / "checkpoint").glob("*.pt")
+    saved = torch.load(path, weights_only=True)
+    assert saved["step"] == 4, "the fifth step was not taken"
+    assert all(weight.isfinite().all() for weight in saved["models"].values())
+    slower = replace(config, resume=True, sft=replace(config.sft, lr=config.sft.lr / 2))
+    impl.start(slower)  # the loss was spoiled once: the fifth step is taken now, at the new rate
+    steps, before = metrics_of(folder), metrics_of(finished_run())
+    assert [m["step"] for m in steps] == [m["step"] for m in before if m["stage"] == "sft"]
+    rates = [(m["lr"], b["lr"]) for m, b in zip(steps, (b for b in before if b["stage"] == "sft")) if "lr" in m]
+    assert [lr / usual for lr, usual in rates] == pytest.approx([1.0] * 4 + [0.5] * (len(rates) - 4))
+    record = json.loads((folder / "config.json").read_text())
+    assert record["resumed"][0]["config"]["--sft.lr"] == [config.sft.lr, config.sft.lr / 2]
     run = impl.Run(tiny_config("a score"))
     assert "objective/scores is inf" in config_error(lambda: run.log({"objective/scores": math.inf}))
-    assert "sft, step " in message and "nan" in message
+
+
+@law(
+    "a rollout in which any model's numbers are not finite stops PPO before a step, and says which",
+    "D22", *RUN_NEEDS, "Diverged",
+)  # fmt: skip
+def test_a_rollout_that_is_not_finite_names_the_model():
+    for model, weight, name in (
+        ("policy", "gpt_neox.final_layer_norm.bias", "logprobs"),
+        ("ref_policy", "gpt_neox.final_layer_norm.bias", "ref_logprobs"),
+        ("value_model", "bias", "values"),
+        ("reward_model", "bias", "scores"),
+    ):
+        models = tiny_models("neox")
+        with torch.no_grad():
+            dict(getattr(models, model).named_parameters())[weight][:] = math.nan
+        sampler = replace(models, policy=tiny_policy("neox"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                impl, "sample", partial(lambda original, policy, *args: original(sampler.policy, *args), impl.sample)
+            )
+            message = config_error(lambda models=models: tiny_rollout(models, impl.PPO()))
+        assert message.startswith(f"{name} of the rollout"), message
 
 
 @law(
@@ -4282,12 +4324,17 @@ MUTANTS = [
     Mutant("scoring is not counted", "test_costs_are_counted_once", "layout = engine.lay_out(batch[rows])\n            with", "layout = lay_out(batch[rows], engine.device)\n            with"),
     Mutant("training counts two passes per operation", "test_a_benchmark_says_where_the_time_goes", '"training": 6 * (', '"training": 4 * ('),
     Mutant("the cache is read once per row", "test_a_benchmark_says_where_the_time_goes", "width * context * written\n", "width * context * rows\n"),
-    Mutant("a resumed run starts its stage anew", "test_a_checkpoint_restores_what_steps_change", "            self.restore(self.checkpoint, nn.ModuleDict(models), optimizer)\n", ""),
+    Mutant("a resumed run starts its stage anew", "test_a_checkpoint_restores_what_steps_change", "            self.restore(self.checkpoint)\n", ""),
     Mutant("work is dealt twice", "test_work_is_dealt_once", "groups[self.rank :: self.world]]", "groups[self.rank :]]"),
     Mutant("a process without work counts the first group", "test_work_is_dealt_once", "[(groups[0], False)]", "[(groups[0], True)]"),
-    Mutant("other flags may resume", "test_resuming_something_else_is_refused", "refuse(bool(changed), f", "refuse(False, f"),
+    Mutant("other flags may resume", "test_resuming_something_else_is_refused", "refuse(bool(changes), f", "refuse(False, f"),
     Mutant("a checkpoint of another stage is used", "test_resuming_something_else_is_refused", '.glob(f"{self.stage}-*.pt")', '.glob("*.pt")'),
-    Mutant("a resumed run repeats a step", "test_a_checkpoint_restores_what_steps_change", "self.save_checkpoint(self.step + 1, nn", "self.save_checkpoint(self.step, nn"),
+    Mutant("a resumed run repeats a step", "test_a_checkpoint_restores_what_steps_change", "self.save_checkpoint(self.step + 1)", "self.save_checkpoint(self.step)"),
+    Mutant("no other learning rate may resume", "test_divergence_names_stage_and_step", 'computing or flag.endswith("lr") or', "computing or"),
+    Mutant("the old learning rate goes on", "test_divergence_names_stage_and_step", 'group["initial_lr"] = rate', "pass"),
+    Mutant("a refused step is counted as taken", "test_divergence_names_stage_and_step", "self.save_checkpoint(self.step)\n", "self.save_checkpoint(self.step + 1)\n"),
+    Mutant("a rollout of NaN is trained on", "test_a_rollout_that_is_not_finite_names_the_model", ".isfinite().all()", ".isnan().any().logical_not() | True"),
+    Mutant("one process computes a group less", "test_work_is_dealt_once", "math.ceil(len(groups) / self.world) - len(mine)", "0 if mine else 1"),
     Mutant("logs are not cut", "test_a_checkpoint_restores_what_steps_change", "os.truncate(self.folder / name, size)", "pass"),
     Mutant("all checkpoints are kept", "test_a_checkpoint_restores_what_steps_change", "self.checkpoints()[:-2]", "self.checkpoints()[:0]"),
     # whole runs
