@@ -127,11 +127,11 @@ class Data:
     """Human comparisons (OpenAI's JSON Lines: info, summaries, choice). Without them the labeler compares samples."""
     comparisons_valid: Path | None = None
     """The same for the reward model's accuracy."""
-    query_tokens: int = 56
+    query_tokens: int = 64
     """Longest query; longer posts lose paragraphs from their end [D2]. Paper: 512."""
-    response_tokens: int = 24
+    response_tokens: int = 28
     """Longest summary, EOS included. Paper: 53."""
-    comparison_tokens: int = 32
+    comparison_tokens: int = 36
     """Longest summary in comparisons, EOS included. Paper: 169."""
     query_format: str = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
     """Query template [D1]."""
@@ -159,9 +159,9 @@ class Pretrain:
     """Posts per step."""
     lr: float = 3e-3
     """Learning rate, constant after a warm-up of 50 steps (a tenth of all steps, where those are fewer)."""
-    vocab_size: int = 4096
+    vocab_size: int = 2048
     """V, entries of the byte-level BPE trained on the corpus."""
-    layers: int = 2
+    layers: int = 3
     """Transformer blocks."""
     width: int = 128
     """D, size of the hidden states."""
@@ -179,7 +179,7 @@ class Pretrain:
 class SFT:
     """Supervised fine-tuning on posts with summaries."""
 
-    epochs: float = 2.0
+    epochs: float = 1.5
     """Passes over the summaries. Paper: 1."""
     batch_size: int = 8
     """Examples per step. Paper: 128."""
@@ -199,7 +199,7 @@ class SFT:
 class Compare:
     """Preferences where there are no humans: the labeler compares samples of the SFT model."""
 
-    posts: int = 10_000
+    posts: int = 6000
     """Training posts to sample for, at most."""
     samples: int = 2
     """Samples per post at the PPO temperature; the labeler's best is compared with its worst, and its first with a
@@ -215,7 +215,7 @@ class Reward:
 
     epochs: float = 1.0
     """Passes over the comparisons. Paper: 1."""
-    pretraining_pairs: int = 10_000
+    pretraining_pairs: int = 6000
     """First learn to prefer a post's own summary to another post's, on at most this many posts (preference model
     pretraining, Askell et al. 2021, arXiv 2112.00861). Paper: 0."""
     batch_size: int = 16
@@ -233,7 +233,7 @@ class Reward:
 class PPO:
     """Proximal policy optimisation against the reward model."""
 
-    total_episodes: int = 8192
+    total_episodes: int = 6144
     """Responses sampled in all. Paper: 1,000,000."""
     batch_size: int = 256
     """Responses sampled per update. Paper: 512."""
@@ -247,7 +247,7 @@ class PPO:
     """Learning rate of the value model. Paper: 3e-6."""
     temperature: float = 0.7
     """Sampling temperature; log-probabilities use it too [D13]. Paper: 0.7."""
-    kl_coef: float = 0.15
+    kl_coef: float = 0.2
     """Beta, price of one nat of KL to the SFT model [D15; 5, section 3.4]. Paper: 0.05."""
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     """Estimator of the KL (Schulman 2020). Default: k1 in the reward, k2 in the loss."""
@@ -345,8 +345,9 @@ class Compute:
     shard: bool = False
     """Give each process (torchrun) a share of all weights, gradients and optimizer states (FSDP2) instead of a copy:
     for models too large for one GPU."""
-    adam_beta2: float = 0.999
-    """AdamW's memory of squared gradients [D21]; models from scratch learn faster with 0.95 to 0.98. Paper: 0.999."""
+    adam_beta2: float = 0.97
+    """AdamW's memory of squared gradients [D21]. Models from scratch learn to copy sooner with a short one; pretrained
+    ones want 0.999. Paper: 0.999."""
 
     def __post_init__(self) -> None:
         require(self, "compute", 1, "micro_batch_size", "sample_batch_size")
@@ -929,7 +930,7 @@ def build_corpus(documents: Iterator[tuple[str, Post]]) -> dict[str, list[Post]]
     seen: set[str] = set()
     files: dict[str, list[Post]] = {}
     for file, post in documents:
-        if not is_good_summary(post.summary) or len(post.post.split()) < 8:
+        if not post.title or not is_good_summary(post.summary) or len(post.post.split()) < 8:
             continue
         words_alone = re.sub(r"`[^`]*`|\w*[A-Z0-9_]\w*|[^\w`]+|`", " ", post.summary[1:])
         keys = {" ".join(words_alone.split()), re.sub(r"\W+", "", post.post)[:60].lower()}
@@ -941,11 +942,12 @@ def build_corpus(documents: Iterator[tuple[str, Post]]) -> dict[str, list[Post]]
 
 
 class Labeler:
-    """The default run's stand-in for the human: which of two summaries is more about *this* post?
+    """The default run's stand-in for the human: which of two summaries is more about *this* post, and says only that?
 
-    TF-IDF cosine between summary and post (title counted twice), document frequencies from the training posts. Words
-    that fit every post weigh next to nothing, so style earns nothing: on another post a summary scores about 0.
-    Scores make comparisons and judge the end result; reward model and PPO never see them.
+    TF-IDF cosine between summary and post (title counted twice), less a penalty for each word that the post does not
+    hold or that was said already. Words that fit every post weigh nothing in either, so style alone earns nothing.
+    Document frequencies come from the training posts. Scores make comparisons and judge the end result; reward model
+    and PPO never see them.
     """
 
     def __init__(self, posts: Sequence[Post]) -> None:
@@ -958,17 +960,23 @@ class Labeler:
             text = f"{text.title} {text.title} {text.post}"
         return [word[:6] for word in re.findall(r"[a-z]{2,}", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).lower())]
 
+    def rarity(self, word: str) -> float:
+        """log(0.1 · N / df), and 0 for words in over a tenth of the posts."""
+        return max(0.0, math.log(0.1 * (self.posts + 1) / (self.seen_in[word] + 1)))
+
     def weights(self, words: list[str]) -> dict[str, float]:
-        """Unit vector of (1 + log tf) · log(0.1 · N / df); words in over a tenth of the posts weigh nothing."""
-        idf = {word: max(0.0, math.log(0.1 * (self.posts + 1) / (self.seen_in[word] + 1))) for word in words}
-        raw = {word: (1 + math.log(count)) * idf[word] for word, count in Counter(words).items()}
+        """Unit vector of (1 + log tf) · rarity."""
+        raw = {word: (1 + math.log(count)) * self.rarity(word) for word, count in Counter(words).items()}
         norm = math.sqrt(sum(x * x for x in raw.values())) or 1.0
         return {word: x / norm for word, x in raw.items()}
 
     def score(self, post: Post, summary: str) -> float:
-        """Cosine similarity in [0, 1]."""
-        about = self.weights(self.words(post))
-        return sum(weight * about.get(word, 0.0) for word, weight in self.weights(self.words(summary)).items())
+        """Cosine − 0.2 · u / (1 + u), in (−0.2, 1]: u counts unsupported and repeated words, each by its rarity."""
+        about, words = self.weights(self.words(post)), self.words(summary)
+        cosine = sum(weight * about.get(word, 0.0) for word, weight in self.weights(words).items())
+        unfit = sum(self.rarity(word) for i, word in enumerate(words) if word not in about or word in words[:i])
+        u = unfit / max(1.0, math.log(0.1 * (self.posts + 1)))
+        return cosine - 0.2 * u / (1 + u)
 
 
 def rouge_l(summary: str, reference: str) -> float:
@@ -1794,7 +1802,7 @@ def bad_signs(history: list[dict[str, float]]) -> Iterator[str]:
             {name: sum(update[f"objective/{name}"] for update in part) / quarter for name in ("scores", "labeler")}
             for part in (history[:quarter], history[-quarter:])
         ]
-        if means[1]["scores"] > means[0]["scores"] and means[1]["labeler"] < 0.9 * means[0]["labeler"]:
+        if means[1]["scores"] > means[0]["scores"] and means[1]["labeler"] < means[0]["labeler"] - 0.02:
             yield "scores rise while the labeler's fall: reward hacking, raise --ppo.kl-coef"
 
 

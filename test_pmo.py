@@ -2602,27 +2602,35 @@ def test_reward_accuracies_are_shares_of_pairs():
 
 
 @law(
-    "the labeler's score is the TF-IDF cosine with the post, its title counted twice",
+    "the labeler's score is the TF-IDF cosine with the post, less a bounded penalty for rare words unsupported or said twice",
     "README: the labeler; Salton & Buckley 1988 for TF-IDF", "Labeler", "Post",
 )  # fmt: skip
-def test_the_labelers_score_is_the_cosine_it_says():
+def test_the_labelers_score_is_the_formula_it_says():
     words = "amber birch cedar daisy elder".split()
     posts = [impl.Post("r", words[i % 5], f"{words[i % 4]} {words[i % 3]}", "-") for i in range(40)]
     posts += [impl.Post("r", f"filler{chr(97 + i % 26)}", "nothing here", "-") for i in range(300)]
     labeler, post = impl.Labeler(posts), impl.Post("r", "cedar", "amber amber elder", "-")
     df = {w: sum(w in f"{p.title} {p.post}".split() for p in posts) for w in words}
 
+    df |= {"nothing": 300, "unseen": 0}
+    rarity = {w: max(0.0, math.log(0.1 * (len(posts) + 1) / (n + 1))) for w, n in df.items()}
+    assert rarity["nothing"] == 0.0 < min(rarity[w] for w in words)
+
     def unit(text: str) -> dict[str, float]:
-        raw = {
-            w: (1 + math.log(n)) * max(0.0, math.log(0.1 * (len(posts) + 1) / (df[w] + 1)))
-            for w, n in Counter(text.split()).items()
-        }
+        raw = {w: (1 + math.log(n)) * rarity[w] for w, n in Counter(text.split()).items()}
         return {w: x / math.sqrt(sum(y * y for y in raw.values())) for w, x in raw.items()}
 
-    for summary in ("amber elder elder elder", "cedar", "daisy cedar amber"):
+    for summary, unfit in (
+        ("cedar", []),
+        ("cedar nothing nothing", []),  # too common to be missed, or to be repeated
+        ("amber elder elder elder", ["elder", "elder"]),
+        ("daisy cedar amber", ["daisy"]),
+        ("unseen cedar unseen amber cedar", ["unseen", "unseen", "cedar"]),
+    ):
         one, two = unit("cedar cedar amber amber elder"), unit(summary)
-        expected = sum(x * one.get(w, 0.0) for w, x in two.items())
-        assert 0.1 < expected and labeler.score(post, summary) == pytest.approx(expected)
+        cosine = sum(x * one.get(w, 0.0) for w, x in two.items())
+        u = sum(rarity[w] for w in unfit) / math.log(0.1 * (len(posts) + 1))
+        assert 0.05 < cosine and labeler.score(post, summary) == pytest.approx(cosine - 0.2 * u / (1 + u))
 
 
 @law(
@@ -3583,7 +3591,7 @@ def test_the_verdict_claims_no_more_than_its_intervals():
 
 
 @law(
-    "the corpus has no near-duplicates: no summary twice but for its identifiers, no body twice in its first 60 letters",
+    "the corpus has titles and no near-duplicates: no summary twice but for identifiers, no body twice in its first 60 letters",
     "held-out posts must be new", "build_corpus", "Post",
 )  # fmt: skip
 def test_the_corpus_has_no_near_duplicates():
@@ -3608,7 +3616,11 @@ def test_the_corpus_has_no_near_duplicates():
             "Yet another body, which nobody has seen, of more than eight words.",
         ),
     ]
-    pairs = ((file, impl.Post("lib", "name", post, summary)) for file, summary, post in summaries)
+    pairs = [(file, impl.Post("lib", "name", post, summary)) for file, summary, post in summaries]
+    nameless = impl.Post(
+        "lib", "", "A body of its own, without a name, of more than eight words.", "Show it to me as it is."
+    )
+    pairs.append(("e.py", nameless))
     files = impl.build_corpus(pairs)
     assert {file: len(posts) for file, posts in files.items()} == {"a.py": 1, "d.py": 1}
 
@@ -3626,18 +3638,19 @@ def test_docstrings_become_posts():
 
 
 @law(
-    "the labeler prefers the summary of this post to one of another, ignores words that fit every post, and stays in [0, 1]",
+    "the labeler prefers the summary of this post to one of another, and gives 0 to words that fit every post and to none",
     "README: the labeler", "Labeler", "Post",
 )  # fmt: skip
 def test_the_labeler_judges_the_post_not_the_style():
     posts = toy_posts(120)
     labeler = impl.Labeler(posts)
     assert labeler.score(posts[0], "Talk of cats.") > 0.9
-    assert labeler.score(posts[0], "Talk of trains.") == 0
+    assert labeler.score(posts[0], "Talk of cats. Cats.") < labeler.score(posts[0], "Talk of cats.")
+    assert -0.2 < labeler.score(posts[0], "Trains. " * 99) < labeler.score(posts[0], "Talk of trains.") < 0
     assert labeler.score(posts[0], "Nothing else happened.") == 0
     assert labeler.score(posts[0], "") == 0
     for post in posts[:12]:
-        assert 0 <= labeler.score(post, post.post) <= 1 + 1e-9
+        assert -0.2 < labeler.score(post, post.post) <= 1 + 1e-9
 
 
 # -----------------------------------------------------------------------------
@@ -3936,9 +3949,12 @@ def test_bad_signs_are_said_once():
     ):  # fmt: skip
         (warning,) = impl.bad_signs([fine] * 3 + [fine | {name: value}])
         assert word in warning
-    for score, labeler, hacked in ((2.0, 0.17, True), (2.0, 0.19, False), (0.5, 0.1, False)):
+    for first, score, labeler, hacked in (
+        (0.2, 2.0, 0.17, True), (0.2, 2.0, 0.19, False), (0.2, 0.5, 0.1, False), (-0.05, 2.0, -0.06, False),
+    ):  # fmt: skip
+        earlier = fine | {"objective/labeler": first}
         later = fine | {"objective/scores": score, "objective/labeler": labeler}
-        assert ["hacking" in warning for warning in impl.bad_signs([fine] * 6 + [later] * 2)] == [True] * hacked
+        assert ["hacking" in warning for warning in impl.bad_signs([earlier] * 6 + [later] * 2)] == [True] * hacked
     run = impl.Run(tiny_config("warns"))
     run.warn(["a sign"])
     run.warn(["a sign"])
@@ -4225,7 +4241,7 @@ MUTANTS = [
     Mutant("broken records are not reported", "test_broken_records_are_counted_or_refused", 'unusable.append(f"line {number}: {error}")', "number -= 1"),
     Mutant("log-probabilities come one position late", "test_response_logprobs_are_the_plain_models", "[len(q) - 1 for q in batch.queries], device=device)\n    index", "[len(q) for q in batch.queries], device=device)\n    index"),
     Mutant("ROUGE-L is recall", "test_rouge_l_is_the_f1_of_the_longest_common_subsequence", "2 * row[-1] / max(1, len(a) + len(b))", "row[-1] / max(1, len(b))"),
-    Mutant("the labeler pays for words that fit every post", "test_the_labeler_judges_the_post_not_the_style", "word: max(0.0, math.log", "word: max(1.0, math.log"),
+    Mutant("the labeler pays for words that fit every post", "test_the_labeler_judges_the_post_not_the_style", "max(0.0, math.log(0.1", "max(1.0, math.log(0.1"),
     Mutant("near-duplicates stay in the corpus", "test_the_corpus_has_no_near_duplicates", "if not keys & seen:", "if not keys <= seen:"),
     # models
     Mutant("the score is read before EOS", "test_values_are_read_before_and_scores_at_each_token", "layout.mask.sum(1, keepdim=True)\n        return", "layout.mask.sum(1, keepdim=True) - 1\n        return"),
@@ -4294,8 +4310,12 @@ MUTANTS = [
     Mutant("test posts are trained on", "test_the_splits_of_the_corpus_share_no_file", "posts += unused.pop()", "posts += unused.pop() if len(posts) + 10 < (size or 10**9) else unused[-1]"),
     Mutant("win rates are the loser's", "test_the_report_names_the_winner_at_each_temperature", "compare_marks(marks[a], marks[b], prefer(a, b))", "compare_marks(marks[a], marks[b], prefer(b, a))"),
     Mutant("the verdict exchanges the temperatures", "test_the_report_names_the_winner_at_each_temperature", "for t in (cold, warm)), cold, warm", "for t in (warm, cold)), cold, warm"),
-    Mutant("the title counts once", "test_the_labelers_score_is_the_cosine_it_says", 'f"{text.title} {text.title} {text.post}"', 'f"{text.title} {text.post}"'),
-    Mutant("term frequency is not damped", "test_the_labelers_score_is_the_cosine_it_says", "(1 + math.log(count)) * idf", "count * idf"),
+    Mutant("repeating a word costs nothing", "test_the_labelers_score_is_the_formula_it_says", "if word not in about or word in words[:i]", "if word not in about"),
+    Mutant("unsupported words cost nothing", "test_the_labelers_score_is_the_formula_it_says", "if word not in about or word in words[:i]", "if word in words[:i]"),
+    Mutant("the penalty has no bound", "test_the_labelers_score_is_the_formula_it_says", "- 0.2 * u / (1 + u)", "- 0.2 * u"),
+    Mutant("posts may be nameless", "test_the_corpus_has_no_near_duplicates", "if not post.title or not is_good", "if not is_good"),
+    Mutant("the title counts once", "test_the_labelers_score_is_the_formula_it_says", 'f"{text.title} {text.title} {text.post}"', 'f"{text.title} {text.post}"'),
+    Mutant("term frequency is not damped", "test_the_labelers_score_is_the_formula_it_says", "(1 + math.log(count)) * self", "count * self"),
     Mutant("comparisons are drawn at temperature 1", "test_comparisons_are_best_against_worst_at_ppos_temperature", "uniforms, config.ppo.temperature, codec.eos_id, run.engine)", "uniforms, 1.0, codec.eos_id, run.engine)"),
     Mutant("the best is compared with the second", "test_comparisons_are_best_against_worst_at_ppos_temperature", '("sft", ranked[0])', '("sft", ranked[-2])'),
     Mutant("the warm-up asks for summaries", "test_what_is_asked_for_in_pretraining_and_sft", "codec.responses([post.title for post in posts])", "codec.responses([post.summary for post in posts])"),
@@ -4317,7 +4337,7 @@ MUTANTS = [
     Mutant("a long title is an error", "test_titles_too_long_are_counted_with_file_and_line", "                codec.check_title(post)\n            return post", "                pass\n            return post"),
     Mutant("the head is called without its scaling", "test_any_decoder_will_do", "logits = policy(input_ids=layout.tokens, use_cache=False).logits\n    return logits, entered[0]", "policy(input_ids=layout.tokens, use_cache=False)\n    return policy.get_output_embeddings()(entered[0]), entered[0]"),
     Mutant("the rollout's mask forgets EOS", "test_rollout_holds_what_each_model_said", "[len(response) for response in batch.responses], device=engine.device)", "[max(1, len(response) - 1) for response in batch.responses], device=engine.device)"),
-    Mutant("hacking is seen where the labeler rises", "test_bad_signs_are_said_once", 'means[1]["labeler"] < 0.9 *', 'means[1]["labeler"] > 0.9 *'),
+    Mutant("hacking is seen where the labeler rises", "test_bad_signs_are_said_once", 'means[1]["labeler"] < means[0]["labeler"] - 0.02', 'means[1]["labeler"] > means[0]["labeler"] + 0.02'),
     Mutant("the second moment is the default's", "test_every_stage_has_the_second_moment_asked_for", "betas=(0.9, beta2)", "betas=(0.9, 0.999)"),
     Mutant("PPO forgets the second moment", "test_every_stage_has_the_second_moment_asked_for", "        beta2=engine.adam_beta2,\n    )", "    )"),
     Mutant("padding is a share of tokens", "test_costs_are_counted_once", '1 - costs[f"tokens/{name[6:]}"] / n', 'n / costs[f"tokens/{name[6:]}"] - 1'),
