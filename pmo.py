@@ -66,6 +66,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timedelta
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
@@ -341,7 +342,7 @@ class Compute:
     max_grad_norm: float = 1.0
     """Clip the gradient (of policy and value model together) to this norm; 0 never [D22]. Paper: none."""
     checkpoint_minutes: float = 10.0
-    """Minutes between checkpoints, of which two are kept until the run ends; 0 after every step."""
+    """Minutes between checkpoints, of which two are kept until the stage ends; 0 after every step."""
     shard: bool = False
     """Give each process (torchrun) a share of all weights, gradients and optimizer states (FSDP2) instead of a copy:
     for models too large for one GPU."""
@@ -400,6 +401,8 @@ class Config:
         alone = "benchmark" not in self.stages or not set(self.stages) - {"corpus", "benchmark"}
         refuse(not alone, "--stages: benchmark trains nothing and stands alone, or after corpus")
         refuse(self.resume and self.name is None, "--resume needs --name: which run?")
+        nested = self.name is not None and Path(self.name).name != self.name
+        refuse(nested, f"--name {self.name} is not the name of a folder; --out says where it lies")
         refuse(self.seed < 0, f"--seed is {self.seed}, must be at least 0")
         both = self.ppo.reward_function is not None and self.reward_model is not None
         refuse(both, "--ppo.reward-function stands in for the reward model, but --reward-model is given too")
@@ -1644,9 +1647,14 @@ def load_scorer(run: Run) -> ScalarModel | RewardFunction:
     return load_reward_model(run, run.reward_model)
 
 
-def load_reward_model(run: Run, folder: str | Path) -> ScalarModel:
+def check_tokenizer(run: Run, folder: str | Path) -> None:
+    """Refuse a model that reads other tokens than the SFT model writes."""
     same = load_tokenizer(folder).get_vocab() == load_tokenizer(run.sft_model).get_vocab()
-    refuse(not same, f"{folder} and {run.sft_model} have different tokenizers; the reward model needs the policy's")
+    refuse(not same, f"{folder} and {run.sft_model} have different tokenizers; all models of a run need one")
+
+
+def load_reward_model(run: Run, folder: str | Path) -> ScalarModel:
+    check_tokenizer(run, folder)
     return run.engine.place(ScalarModel.load(folder).requires_grad_(False))
 
 
@@ -1843,8 +1851,10 @@ def evaluate(run: Run) -> None:
     codec = run.codec(run.sft_model)
     posts = run.posts("test", codec)[: config.evaluate.posts]
     queries = codec.queries(posts)
+    check_tokenizer(run, run.ppo_model)
     sft_policy, ppo_policy = (engine.place(load_policy(folder)) for folder in (run.sft_model, run.ppo_model))
-    check_room(sft_policy, config.data)
+    for policy in (sft_policy, ppo_policy):
+        check_room(policy, config.data)
     scorers = {"score": load_scorer(run)}
     if Path(judge).is_dir():
         scorers["judge"] = load_reward_model(run, judge)
@@ -2124,7 +2134,8 @@ class Engine:
             refuse(local >= there, f"process {local} has no GPU of its own: there are {there}")
             torch.cuda.set_device(local)
         if dist.is_torchelastic_launched() and not dist.is_initialized():  # started by torchrun
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            patience = timedelta(hours=12)  # while process 0 alone writes a large checkpoint, or asks a slow judge
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         sizes = (compute.micro_batch_size, compute.sample_batch_size, compute.max_grad_norm, compute.adam_beta2)
         many = dist.is_initialized()
         refuse(compute.shard and not many, "--compute.shard spreads weights over processes: start them with torchrun")
@@ -2278,7 +2289,7 @@ class Run:
 
     # where things are
 
-    def write(self, name: str, function: Callable[[Path], None]) -> None:
+    def write(self, name: str | Path, function: Callable[[Path], None]) -> None:
         """Let `function` write a file or folder of this run, whole or not at all; process 0 writes, the others wait."""
         target = self.folder / name
         if self.engine.rank == 0:
@@ -2296,9 +2307,8 @@ class Run:
         for folder in (self.folder, self.config.from_run):
             if folder is not None and (folder / name).exists():
                 return folder / name
-        raise InputError(
-            f"no {name} in {self.folder}{f' or {self.config.from_run}' if self.config.from_run else ''}: {remedy}"
-        )
+        earlier = f" or {self.config.from_run} (a run's folder holds what its own stages made)"
+        raise InputError(f"no {name} in {self.folder}{earlier if self.config.from_run else ''}: {remedy}")
 
     @property
     def base(self) -> str | Path:
@@ -2392,8 +2402,7 @@ class Run:
         self.finished.append(self.stage)
         self.sizes = self.sizes_of_logs()
         self.write("checkpoint/finished.json", partial(write_json, {"stages": self.finished, "sizes": self.sizes}))
-        for path in self.checkpoints() if self.engine.rank == 0 else ():
-            path.unlink()
+        self.remove_checkpoints(but=0)
         self.engine.agree(None)
 
     def steps(
@@ -2422,6 +2431,7 @@ class Run:
                     due, stopping = self.engine.agree((due, self.stopping)) if self.trained else (False, False)
                     if due or stopping:
                         self.save_checkpoint(self.step + 1)
+                        self.remove_checkpoints(but=2)
                     if stopping:
                         raise KeyboardInterrupt
             finally:
@@ -2440,17 +2450,23 @@ class Run:
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # so that any number of processes can go on
         state = dict(zip(("models", "optimizer"), get_state_dict(*self.trained, options=whole)))
         state |= {"step": step, "sizes": self.sizes_of_logs()}
-        self.write(f"checkpoint/{self.stage}-{step:08d}.pt", partial(torch.save, state))
-        for old in self.checkpoints()[:-2] if self.engine.rank == 0 else ():
-            old.unlink()
+        self.write(self.checkpoint_path(step).relative_to(self.folder), partial(torch.save, state))
         self.saved = time.monotonic()
 
     def rescue(self) -> str:
-        """After a step that was refused: save what there was before it. A resumed run begins the step anew."""
+        """After an optimizer step that was refused: save the weights without it, unless a checkpoint was just saved.
+
+        A resumed run begins the step anew; in PPO that is the whole update, of which the weights may hold a part.
+        """
         if self.trained is None:
             return "nothing was being trained"
-        self.save_checkpoint(self.step)
-        return f"the weights before it are saved: {self.how_to_go_on()}; the learning rates may change"
+        path = self.checkpoint_path(self.step)
+        if not self.engine.agree(path.exists()):
+            self.save_checkpoint(self.step)
+        return (
+            f"the weights without it are saved: {self.how_to_go_on()}; the learning rates may change. If that fails in "
+            f"the same step, the weights were bad already: remove {path}; the one before it, if any, is then used"
+        )
 
     def restore(self, state: dict) -> None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
@@ -2465,40 +2481,55 @@ class Run:
     def newest_checkpoint(self) -> dict | None:
         """The newest usable checkpoint of this stage; torch.load with weights_only runs no code."""
         state, broken = None, []
-        for path in reversed(self.checkpoints()):
+        for path in self.checkpoints():
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
                 break
             except Exception as error:  # whatever a broken file makes torch.load say
-                self.say_once(f"{path} is not usable ({' '.join(str(error).split())[:80]}); trying the one before")
+                self.say_once(
+                    f"{path} is not usable ({' '.join(str(error).split())[:80]}); taking the one before, if any"
+                )
                 broken.append(path)
         self.engine.agree(None)
         for path in broken if self.engine.rank == 0 else ():
             path.rename(path.with_suffix(".broken"))
         return state
 
+    def checkpoint_path(self, step: int) -> Path:
+        return self.folder / "checkpoint" / f"{self.stage}-{step:08d}.pt"
+
     def checkpoints(self) -> list[Path]:
-        """This stage's, the oldest first."""
-        return sorted((self.folder / "checkpoint").glob(f"{self.stage}-*.pt"))
+        """This stage's, the newest first."""
+        return sorted((self.folder / "checkpoint").glob(f"{self.stage}-*.pt"), reverse=True)
+
+    def remove_checkpoints(self, but: int) -> None:
+        """All but the newest."""
+        for old in self.checkpoints()[but:] if self.engine.rank == 0 else ():
+            old.unlink()
 
     def reopen(self) -> dict:
         """What config.json will say of a run that goes on, if its flags are the same, or may change."""
         try:
             record = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             before, now = flags_of(record["config"]), flags_of(json.loads(json.dumps(asdict(self.config), default=str)))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            del now["--name"], now["--resume"]
+            earlier = record.get("resumed", [])
+            before |= {flag: value for resumed in earlier for flag, (_, value) in resumed["config"].items()}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"--resume: {self.folder} is not the folder of a run: {error}") from None
         gone = not (self.folder / "checkpoint").is_dir()
         refuse(gone, f"--resume: {self.folder} has no checkpoint folder, so it is finished; --from-run can use it")
-        changed = {flag: (before.get(flag), value) for flag, value in now.items() if value != before.get(flag)}
+        changed = {flag: (before.get(flag), now[flag]) for flag in now if now[flag] != before.get(flag)}
         changes = [f"{flag} was {was}, is {value}" for flag, (was, value) in changed.items() if not may_change(flag)]
         refuse(bool(changes), f"--resume: {self.folder} was started with other flags: {'; '.join(changes)}")
+        for flag, (was, value) in changed.items():
+            self.say(f"note: {flag} was {was}, is {value}")
         path = self.folder / "checkpoint" / "finished.json"
         if path.exists():
             finished = json.loads(path.read_text(encoding="utf-8"))
             self.finished, self.sizes = finished["stages"], finished["sizes"]
         resumed = provenance(self.config) | {"config": changed}
-        return record | {"resumed": [*record.get("resumed", []), resumed]}
+        return record | {"resumed": [*earlier, resumed]}
 
     def sizes_of_logs(self) -> dict[str, int]:
         return {name: path.stat().st_size if (path := self.folder / name).exists() else 0 for name in LOGS}
@@ -2651,11 +2682,11 @@ def flags_of(section: dict, prefix: str = "") -> dict[str, object]:
 def may_change(flag: str) -> bool:
     """Flags that a resumed run need not repeat: where and in what pieces to compute; the rates, if it diverged."""
     computing = flag.startswith("--compute.") and flag != "--compute.adam-beta2"
-    return computing or flag.endswith("lr") or flag in ("--name", "--resume")
+    return computing or flag.endswith("lr")
 
 
 def provenance(config: Config) -> dict:
-    """All flags, versions, and the commit when this file lies in a git checkout."""
+    """All flags, the time, versions, and the commit when this file lies in a git checkout."""
     import transformers
 
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
@@ -2663,7 +2694,8 @@ def provenance(config: Config) -> dict:
         subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
     )
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    return {"config": asdict(config), "versions": versions, "commit": commit or None, "argv": sys.argv}
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    return {"config": asdict(config), "started": now, "versions": versions, "commit": commit or None, "argv": sys.argv}
 
 
 # -----------------------------------------------------------------------------
@@ -2707,7 +2739,7 @@ def main() -> None:
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         remedies = "--compute.micro-batch-size, --compute.sample-batch-size, or with several processes --compute.shard"
-        print(f"pmo: too little memory; see {remedies}: {error}", file=sys.stderr)
+        print(f"pmo: too little memory; see {remedies} (they may change with --resume): {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         print(f"pmo: interrupted; {error}", file=sys.stderr)

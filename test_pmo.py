@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -2894,6 +2895,27 @@ def test_a_rule_replaces_the_reward_model():
 
 
 @law(
+    "a policy, reward model or judge whose tokenizer is not the SFT model's is refused: its tokens mean something else",
+    "README: Your own data and models", *RUN_NEEDS, "load_tokenizer",
+)  # fmt: skip
+def test_all_models_of_a_run_need_one_tokenizer():
+    strangers = workshop() / "strangers"
+    for name in ("ppo", "reward"):
+        shutil.copytree(finished_run() / name, strangers / name)
+        tokenizer = impl.load_tokenizer(strangers / name)
+        tokenizer.add_tokens(["somewhat"])
+        tokenizer.save_pretrained(strangers / name)
+    for i, flags in enumerate((
+        {"ppo_model": str(strangers / "ppo")},
+        {"reward_model": str(strangers / "reward")},
+        {"evaluate": impl.Evaluate(posts=4, judge=str(strangers / "reward"))},
+    )):  # fmt: skip
+        config = tiny_config(f"strangers {i}", stages=("evaluate",), from_run=finished_run())
+        message = config_error(lambda config=replace(config, **flags): impl.start(config))
+        assert str(strangers) in message and "different tokenizers" in message
+
+
+@law(
     "a judge is asked in both orders, so that a liking for what stands first cancels out",
     "D24; position bias: Zheng et al. 2023, arXiv 2306.05685", *RUN_NEEDS, "votes",
 )  # fmt: skip
@@ -3372,7 +3394,6 @@ def test_every_stage_has_the_second_moment_asked_for():
     "README: run_tldr.sh", *PROGRAM,
 )  # fmt: skip
 def test_the_papers_script_runs_end_to_end():
-    import shutil
 
     script = Path(impl.__file__).resolve().parent / "run_tldr.sh"
     if not script.exists() or not shutil.which("bash"):
@@ -3803,6 +3824,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(moments=None):
 )  # fmt: skip
 def test_resuming_something_else_is_refused():
     assert "--name" in config_error(lambda: impl.Config(resume=True))
+    assert "--name a/b" in config_error(lambda: impl.Config(name="a/b"))
     config = tiny_config("to resume")
     assert "to resume" in config_error(lambda: impl.Run(replace(config, resume=True)))
     impl.Run(config)
@@ -3823,6 +3845,15 @@ def test_resuming_something_else_is_refused():
     assert run.checkpoint is None and sum("not usable" in said for said in run.said) == 1
     run.enter("reward")
     assert run.checkpoint["step"] == 7
+    slower = replace(config, resume=True, sft=replace(config.sft, lr=1e-4))
+    impl.Run(slower)
+    notes: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl.Run, "say", lambda run, text: notes.append(text))
+        impl.Run(slower)
+        assert notes == [], "nothing changed since it was last resumed"
+        impl.Run(replace(config, resume=True))
+    assert notes == [f"note: --sft.lr was 0.0001, is {config.sft.lr}"]
     impl.Run(replace(config, name=None))  # a run that was named for its user
     unnamed = sorted(path.name for path in run.folder.parent.iterdir() if re.fullmatch(r"run-\d+", path.name))[-1]
     assert impl.Run(replace(config, name=unnamed, resume=True)).folder.name == unnamed
@@ -3996,8 +4027,34 @@ def test_divergence_names_stage_and_step():
     assert [lr / usual for lr, usual in rates] == pytest.approx([1.0] * 4 + [0.5] * (len(rates) - 4))
     record = json.loads((folder / "config.json").read_text())
     assert record["resumed"][0]["config"]["--sft.lr"] == [config.sft.lr, config.sft.lr / 2]
+    assert record["resumed"][0]["started"] >= record["started"]
     run = impl.Run(tiny_config("a score"))
     assert "objective/scores is inf" in config_error(lambda: run.log({"objective/scores": math.inf}))
+
+
+@law(
+    "PPO that diverges in the middle of an update leaves the checkpoints from before that update as they are",
+    "D22", *RESUME_NEEDS, "optimizer_step",
+)  # fmt: skip
+def test_divergence_within_an_update_spares_clean_checkpoints():
+    config = tiny_config("diverges late", stages=("ppo",), from_run=finished_run())
+    config = replace(config, compute=replace(config.compute, checkpoint_minutes=0.0))
+    steps = config.ppo.num_ppo_epochs * config.ppo.num_minibatches
+    calls, original = itertools.count(), impl.optimizer_step
+
+    def spoiled(*args: object) -> dict[str, float]:
+        if next(calls) == 2 * steps + steps - 1:  # the last step of the third update
+            losses = args[-1]
+            args = (*args[:-1], lambda rows: {name: share * math.nan for name, share in losses(rows).items()})
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "optimizer_step", spoiled)
+        message = config_error(lambda: impl.start(config))
+    paths = sorted((workshop() / "runs" / "diverges late" / "checkpoint").glob("*.pt"))
+    assert [path.name for path in paths] == ["ppo-00000001.pt", "ppo-00000002.pt"] and str(paths[-1]) in message
+    taken = [torch.load(path, weights_only=True)["optimizer"]["state"].values() for path in paths]
+    assert [{int(state["step"]) for state in states} for states in taken] == [{steps}, {2 * steps}]
 
 
 @law(
@@ -4030,7 +4087,6 @@ def test_a_rollout_that_is_not_finite_names_the_model():
 )  # fmt: skip
 def test_hostile_model_folders_run_nothing():
     import pickle
-    import shutil
 
     proof = workshop() / "it ran"
 
@@ -4333,6 +4389,8 @@ MUTANTS = [
     Mutant("a rule judges another post's response", "test_a_rule_replaces_the_reward_model", "[posts[i] for i in picked], codec, engine)", "posts, codec, engine)"),
     Mutant("the values of a rule start anywhere", "test_a_rule_replaces_the_reward_model", "        nn.init.zeros_(value_model.classifier.score.weight)\n", ""),
     Mutant("a judge is asked once", "test_judges_are_asked_in_both_orders", "judge(post.post, two, one)", "1 - judge(post.post, one, two)"),
+    Mutant("any policy may be evaluated", "test_all_models_of_a_run_need_one_tokenizer", "check_tokenizer(run, run.ppo_model)", "pass"),
+    Mutant("any reward model will do", "test_all_models_of_a_run_need_one_tokenizer", "check_tokenizer(run, folder)\n", "pass\n"),
     Mutant("the judge is always the labeler", "test_judges_are_asked_in_both_orders", '{"labeler": "labeler", "reward": "score"}.get(judge, "judge")', '"labeler"'),
     Mutant("a long title is an error", "test_titles_too_long_are_counted_with_file_and_line", "                codec.check_title(post)\n            return post", "                pass\n            return post"),
     Mutant("the head is called without its scaling", "test_any_decoder_will_do", "logits = policy(input_ids=layout.tokens, use_cache=False).logits\n    return logits, entered[0]", "policy(input_ids=layout.tokens, use_cache=False)\n    return policy.get_output_embeddings()(entered[0]), entered[0]"),
@@ -4350,13 +4408,14 @@ MUTANTS = [
     Mutant("other flags may resume", "test_resuming_something_else_is_refused", "refuse(bool(changes), f", "refuse(False, f"),
     Mutant("a checkpoint of another stage is used", "test_resuming_something_else_is_refused", '.glob(f"{self.stage}-*.pt")', '.glob("*.pt")'),
     Mutant("a resumed run repeats a step", "test_a_checkpoint_restores_what_steps_change", "self.save_checkpoint(self.step + 1)", "self.save_checkpoint(self.step)"),
-    Mutant("no other learning rate may resume", "test_divergence_names_stage_and_step", 'computing or flag.endswith("lr") or', "computing or"),
+    Mutant("no other learning rate may resume", "test_divergence_names_stage_and_step", 'computing or flag.endswith("lr")', "computing"),
     Mutant("the old learning rate goes on", "test_divergence_names_stage_and_step", 'group["initial_lr"] = rate', "pass"),
     Mutant("a refused step is counted as taken", "test_divergence_names_stage_and_step", "self.save_checkpoint(self.step)\n", "self.save_checkpoint(self.step + 1)\n"),
+    Mutant("a bad checkpoint replaces a good one", "test_divergence_within_an_update_spares_clean_checkpoints", "if not self.engine.agree(path.exists()):", "if True:"),
     Mutant("a rollout of NaN is trained on", "test_a_rollout_that_is_not_finite_names_the_model", ".isfinite().all()", ".isnan().any().logical_not() | True"),
     Mutant("one process computes a group less", "test_work_is_dealt_once", "math.ceil(len(groups) / self.world) - len(mine)", "0 if mine else 1"),
     Mutant("logs are not cut", "test_a_checkpoint_restores_what_steps_change", "os.truncate(self.folder / name, size)", "pass"),
-    Mutant("all checkpoints are kept", "test_a_checkpoint_restores_what_steps_change", "self.checkpoints()[:-2]", "self.checkpoints()[:0]"),
+    Mutant("all checkpoints are kept", "test_a_checkpoint_restores_what_steps_change", "self.remove_checkpoints(but=2)", "pass"),
     # whole runs
     Mutant("the learning rate stays up", "test_a_run_logs_finite_numbers_and_ratio_one", "set_lr(optimizer, 1 - update / config.num_updates)", "set_lr(optimizer, 1.0)"),
     Mutant("the reference learns with the policy", "test_frozen_models_stay_frozen", "ref_policy = place(load_policy(run.sft_model).requires_grad_(False))", "ref_policy = policy"),
