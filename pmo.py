@@ -974,7 +974,10 @@ class Labeler:
         return {word: x / norm for word, x in raw.items()}
 
     def score(self, post: Post, summary: str) -> float:
-        """Cosine − 0.2 · u / (1 + u), in (−0.2, 1]: u counts unsupported and repeated words, each by its rarity."""
+        """Cosine − 0.2 · u / (1 + u), in (−0.2, 1].
+
+        u counts unsupported and repeated words, each by its rarity: a word in no training post counts 1.
+        """
         about, words = self.weights(self.words(post)), self.words(summary)
         cosine = sum(weight * about.get(word, 0.0) for word, weight in self.weights(words).items())
         unfit = sum(self.rarity(word) for i, word in enumerate(words) if word not in about or word in words[:i])
@@ -2289,7 +2292,7 @@ class Run:
 
     # where things are
 
-    def write(self, name: str | Path, function: Callable[[Path], None]) -> None:
+    def write(self, name: str, function: Callable[[Path], None]) -> None:
         """Let `function` write a file or folder of this run, whole or not at all; process 0 writes, the others wait."""
         target = self.folder / name
         if self.engine.rank == 0:
@@ -2450,7 +2453,7 @@ class Run:
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # so that any number of processes can go on
         state = dict(zip(("models", "optimizer"), get_state_dict(*self.trained, options=whole)))
         state |= {"step": step, "sizes": self.sizes_of_logs()}
-        self.write(self.checkpoint_path(step).relative_to(self.folder), partial(torch.save, state))
+        self.write(self.checkpoint_name(step), partial(torch.save, state))
         self.saved = time.monotonic()
 
     def rescue(self) -> str:
@@ -2460,7 +2463,7 @@ class Run:
         """
         if self.trained is None:
             return "nothing was being trained"
-        path = self.checkpoint_path(self.step)
+        path = self.folder / self.checkpoint_name(self.step)
         if not self.engine.agree(path.exists()):
             self.save_checkpoint(self.step)
         return (
@@ -2495,8 +2498,8 @@ class Run:
             path.rename(path.with_suffix(".broken"))
         return state
 
-    def checkpoint_path(self, step: int) -> Path:
-        return self.folder / "checkpoint" / f"{self.stage}-{step:08d}.pt"
+    def checkpoint_name(self, step: int) -> str:
+        return f"checkpoint/{self.stage}-{step:08d}.pt"
 
     def checkpoints(self) -> list[Path]:
         """This stage's, the newest first."""

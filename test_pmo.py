@@ -3394,7 +3394,6 @@ def test_every_stage_has_the_second_moment_asked_for():
     "README: run_tldr.sh", *PROGRAM,
 )  # fmt: skip
 def test_the_papers_script_runs_end_to_end():
-
     script = Path(impl.__file__).resolve().parent / "run_tldr.sh"
     if not script.exists() or not shutil.which("bash"):
         pytest.skip("missing: run_tldr.sh lies beside pmo.py, and needs bash")
@@ -3659,7 +3658,7 @@ def test_docstrings_become_posts():
 
 
 @law(
-    "the labeler prefers the summary of this post to one of another, and gives 0 to words that fit every post and to none",
+    "the labeler prefers the summary of this post to one of another, and gives 0 to words that fit every post, and to no words",
     "README: the labeler", "Labeler", "Post",
 )  # fmt: skip
 def test_the_labeler_judges_the_post_not_the_style():
