@@ -2372,6 +2372,7 @@ class Run:
                         raise KeyboardInterrupt
             finally:
                 self.in_steps = False
+        self.step = total
 
     def save_progress(self, progress: dict) -> None:
         """In one file, which is replaced whole: a kill at any moment leaves the old one or the new one."""
