@@ -74,7 +74,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, combinations, groupby
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
@@ -285,9 +285,11 @@ def aggregate(
 def preference_loss(
     chosen: Tensor,  # (B,)
     rejected: Tensor,  # (B,)
+    weights: Tensor | None = None,  # (B,) of the pairs
 ) -> Tensor:  # ()
-    """−log σ(chosen − rejected), the mean over pairs (Bradley–Terry) [5, §3.4]."""
-    return -F.logsigmoid(chosen - rejected).mean()
+    """−log σ(chosen − rejected), the mean over pairs (Bradley–Terry) [5, §3.4], or the sum weighted by `weights`."""
+    losses = -F.logsigmoid(chosen - rejected)
+    return losses.mean() if weights is None else (losses * weights).sum()
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -300,23 +302,25 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 def ppo(run: Run) -> None:
     """Proximal policy optimisation against the reward model [1; 4]. Steps are numbered as in the docstring above."""
-    config, engine, seed = run.config.ppo, run.engine, run.config.seed
+    config, engine, seed, G = run.config.ppo, run.engine, run.config.seed, run.config.ppo.responses_per_query
     codec, models, history = run.codec("sft"), load_models(run), run.logged("ppo")  # of before, in a resumed run
     (posts, queries), (valid, _) = read_prompts(run, "train", codec), read_prompts(run, "valid", codec)
-    labeler = Labeler(posts) if run.labeler_chose else None
+    labeler, share = Labeler(posts) if run.labeler_chose else None, run.can_share(queries, G, *models)
     optimizer = adamw(run.config.optimizer, (models.policy, config.lr), (models.value_model, config.value_lr))
     losses = partial(ppo_losses, models, config)
     trained = {"policy": models.policy, "value_model": models.value_model}
     for update in run.steps("ppo", config.num_updates, optimizer, **trained):
         set_lr(optimizer, 1 - update / config.num_updates)  # linear to 0 [D21]
         episodes = range(update * config.batch_size, (update + 1) * config.batch_size)
-        picked = shuffled(seed, "episodes", len(posts), episodes.start, episodes.stop)
+        picked = shuffled(seed, "episodes", len(posts), episodes.start // G, episodes.stop // G)
+        picked = [i for i in picked for _ in range(G)]
         asked, prompts = [posts[i] for i in picked], [queries[i] for i in picked]
         epochs = [minibatches(seed, update, epoch, config) for epoch in range(config.num_ppo_epochs)]
 
         # 1. Sample a response to each query, up to and including EOS, or as long as there is room.
         uniforms = noise(seed, "episodes", episodes, run.config.data.response_tokens)
-        batch = Batch(prompts, sample(models.policy, prompts, uniforms, config.temperature, codec.eos_id, engine))
+        responses = sample(models.policy, prompts, uniforms, config.temperature, codec.eos_id, engine, share)
+        batch = Batch(prompts, responses, share)
         # 2. Score each response, as a whole: the reward model, read at EOS, or a rule.
         scores = outcome_scores(models.reward_model, asked, codec, engine, batch)
         # 3. Of every response token: its log-probability under the policy and under the reference, and the value.
@@ -342,8 +346,7 @@ def ppo(run: Run) -> None:
     run.write("ppo", partial(save_model, models.policy, engine.weights(models.policy), codec.tokenizer))
 
 
-@dataclass(frozen=True)
-class Models:
+class Models(NamedTuple):
     """The four models of PPO; two learn, two are frozen. A rule may stand in for the reward model."""
 
     policy: PreTrainedModel
@@ -380,9 +383,8 @@ class Rollout:
         tensors = {name: x for name, x in vars(self).items() if name != "batch"}
         return Rollout(batch, **{name: x[rows][:, :T] if x.dim() == 2 else x[rows] for name, x in tensors.items()})
 
-    @property
-    def lengths(self) -> list[int]:
-        return self.batch.lengths
+    def parts(self, size: int) -> list[tuple[list[int], int, int]]:
+        return self.batch.parts(size)
 
 
 def read_tokens(
@@ -399,7 +401,8 @@ def read_tokens(
     The policy reads them in the micro-batches of the first epoch: the same rows side by side, by the same kind of
     forward pass. Kernels round by shape, and the ratio before the first step should be 1, not nearly 1 [D14].
     """
-    groups = [group for rows in first_epoch for group in micro_batches(batch.lengths, rows, engine.micro_batch_size)]
+    size = engine.micro_batch_size
+    groups = [[rows[i] for i in group] for rows in first_epoch for group in micro_batches(batch[rows], size)]
 
     def policy_and_value(layout: Layout) -> list[Tensor]:
         logits, values = logits_and_values(models.policy, models.value_model, layout)
@@ -437,9 +440,10 @@ def credit(rollout: Rollout, rewards: Tensor, config: PPO) -> Rollout:
 
 
 def minibatches(seed: int, update: int, epoch: int, config: PPO) -> list[list[int]]:
-    """All rollouts of a batch, each once, in an order that only this epoch has [D19]."""
-    order = rng(seed, "minibatches", update, epoch).permutation(config.batch_size)
-    return chunks(order.tolist(), config.minibatch_size)
+    """All rollouts of a batch, each once, those of a query together, in an order that only this epoch has [D19]."""
+    G = config.responses_per_query
+    order = rng(seed, "minibatches", update, epoch).permutation(config.batch_size // G).tolist()
+    return chunks([query * G + g for query in order for g in range(G)], config.minibatch_size)
 
 
 def ppo_losses(models: Models, config: PPO, part: Rollout, whole: Rollout) -> dict[str, Tensor]:
@@ -478,8 +482,8 @@ def ppo_losses(models: Models, config: PPO, part: Rollout, whole: Rollout) -> di
 def optimizer_step(
     engine: Engine,
     optimizer: torch.optim.Optimizer,
-    minibatch: Batch | Pairs | Rollout,
-    losses: Callable[[Batch | Pairs | Rollout, Batch | Pairs | Rollout], dict[str, Tensor]],
+    minibatch: Batch | Rankings | Rollout,
+    losses: Callable[[Batch | Rankings | Rollout, Batch | Rankings | Rollout], dict[str, Tensor]],
 ) -> dict[str, float]:
     """One step on a minibatch, in micro-batches of similar length. Every stage learns through this function.
 
@@ -488,8 +492,7 @@ def optimizer_step(
     """
     optimizer.zero_grad()
     totals: dict[str, Tensor] = {}
-    groups = micro_batches(minibatch.lengths, range(len(minibatch)), engine.micro_batch_size)
-    for rows, counts in engine.shard(groups):
+    for rows, counts in engine.shard(micro_batches(minibatch, engine.micro_batch_size)):
         with engine.autocast():
             shares = losses(minibatch[rows], minibatch)
         engine.backward(shares["loss"] * counts)
@@ -709,20 +712,20 @@ def reward(run: Run) -> None:
     codec = run.codec("sft")
     model = engine.place(ScalarModel.load(run.path("sft"), new_head=rng(seed, "reward head")))
     check_room(model.classifier, run.config.data)
-    summaries, (pairs, _) = read_examples(run, "train", codec), read_pairs(run, "train", codec)
+    summaries, (rankings, _) = read_examples(run, "train", codec), read_rankings(run, "train", codec)
+    share = run.can_share([ranking.query for ranking in rankings], 2, model)
     own = summaries[shuffled(seed, "pretraining", len(summaries), 0, min(len(summaries), config.pretraining_pairs))]
-    order = shuffled(seed, "reward", len(pairs), 0, max(1, round(config.epochs * len(pairs))))
-    own = Pairs(own, own.exchanged())
-    own = own[[i for i in range(len(own)) if own.chosen.responses[i] != own.rejected.responses[i]]]
-    pairs = own + pairs[order]
-    steps = chunks(range(len(pairs)), config.batch_size)
+    order = shuffled(seed, "reward", len(rankings), 0, max(1, round(config.epochs * len(rankings))))
+    rankings = Rankings(own.against_others() + [rankings[i] for i in order], share)
+    steps = packed([len(ranking.pairs) for ranking in rankings.rankings], config.batch_size)
     optimizer = adamw(run.config.optimizer, (model, config.lr))
     losses = partial(reward_losses, model)
     for step in run.steps("reward", len(steps), optimizer, model=model):
         set_lr(optimizer, warmup(step, len(steps)) * cosine(step / len(steps)))
-        run.log(optimizer_step(engine, optimizer, pairs[steps[step]], losses))
+        run.log(optimizer_step(engine, optimizer, rankings[steps[step]], losses))
     model.center(scores_of(model, summaries, engine).mean().item())
-    accuracies = reward_accuracies(model, *read_pairs(run, "valid", codec), engine)
+    valid, kinds = read_rankings(run, "valid", codec)
+    accuracies = reward_accuracies(model, Rankings(valid, share), kinds, engine)
     run.log({f"valid/accuracy {kind}": accuracy for kind, (accuracy, _) in accuracies.items()})
     if accuracies[SAME_POST if SAME_POST in accuracies else "all"][0] < 0.55:
         run.warn(["the reward model is hardly better than chance; PPO would follow noise"])
@@ -731,14 +734,17 @@ def reward(run: Run) -> None:
     run.write("reward", partial(model.save, engine.weights(model), codec.tokenizer))
 
 
-def reward_losses(model: ScalarModel, part: Pairs, whole: Pairs) -> dict[str, Tensor]:
-    """Shares of the minibatch's loss and accuracy; a tie counts half [D8]."""
-    better, worse = model.scores(lay_out(part.chosen + part.rejected, model.bias.device)).chunk(2)
-    share = len(part) / len(whole)
+def reward_losses(model: ScalarModel, part: Rankings, whole: Rankings) -> dict[str, Tensor]:
+    """Shares of the minibatch's loss and accuracy; a tie counts half [D8]. Each text is read once, in however many
+    pairs it stands, and each query counts once, by however many pairs [8, §3.5]."""
+    scores = model.scores(lay_out(part.batch(), model.bias.device))
+    better, worse, weights = part.columns()
+    better, worse = scores[better], scores[worse]
+    weights = torch.tensor(weights, device=scores.device) / len(whole)
     return {
-        "loss": preference_loss(better, worse) * share,
-        "accuracy": wins_of(better, worse).mean() * share,
-        "margin": (better - worse).mean() * share,
+        "loss": preference_loss(better, worse, weights),
+        "accuracy": (wins_of(better, worse) * weights).sum(),
+        "margin": ((better - worse) * weights).sum(),
     }
 
 
@@ -746,13 +752,14 @@ OTHER_POST, SAME_POST = "other post", "same post"  # a summary of another post, 
 
 
 def reward_accuracies(
-    model: ScalarModel, pairs: Pairs, kinds: list[tuple[str, ...]], engine: Engine
+    model: ScalarModel, rankings: Rankings, kinds: list[tuple[str, ...]], engine: Engine
 ) -> dict[str, tuple[float, int]]:
     """Share of pairs ranked as the judge ranked them, and their number: of all, and of each kind.
 
     Where some pairs hold a summary of another post, the rest are a kind of their own: only they ask for judgement.
     """
-    wins = wins_of(scores_of(model, pairs.chosen, engine), scores_of(model, pairs.rejected, engine))
+    scores, (better, worse, _) = scores_of(model, rankings.batch(), engine), rankings.columns()
+    wins = wins_of(scores[better], scores[worse])
     ours = {"all": list(range(len(kinds)))}
     hard = [i for i, of in enumerate(kinds) if not any(OTHER_POST in kind for kind in of)]
     ours |= {SAME_POST: hard} if 0 < len(hard) < len(kinds) else {}
@@ -837,14 +844,13 @@ class ScalarModel(nn.Module):
         return cls(classifier.eval(), train_bias)
 
     def values(self, layout: Layout) -> Tensor:  # (B, T) of the state before each response token
-        return self(layout.tokens, layout.index)
+        return self(layout, layout.index)
 
     def scores(self, layout: Layout) -> Tensor:  # (B,) read at the last response token, EOS [D8]
-        last = layout.index[:, :1] + layout.mask.sum(1, keepdim=True)
-        return self(layout.tokens, last).squeeze(1)
+        return self(layout, layout.last).squeeze(1)
 
-    def forward(self, tokens: Tensor, index: Tensor) -> Tensor:  # (B, W), (B, T) -> (B, T)
-        hidden = take(self.classifier.base_model(input_ids=tokens, use_cache=False).last_hidden_state, index)
+    def forward(self, layout: Layout, index: Tensor) -> Tensor:  # (B, T) -> (B, T)
+        hidden = self.classifier.base_model(**layout.inputs, use_cache=False).last_hidden_state[layout.row, index]
         with torch.autocast(hidden.device.type, enabled=False):  # eight bits would tie scores and round values
             return self.classifier.score(hidden.float()).squeeze(-1) + self.bias
 
@@ -874,8 +880,9 @@ class ValueHead(nn.Module):
 
 
 @contextmanager
-def head_at(policy: PreTrainedModel, index: Tensor) -> Iterator[list[Tensor]]:
-    """Inside, the vocabulary head sees positions `index` (B, T) only; yields a list that receives its input (B, T, D).
+def head_at(policy: PreTrainedModel, row: Tensor, index: Tensor) -> Iterator[list[Tensor]]:
+    """Inside, the vocabulary head sees positions `index` (B, T) of rows `row` (B, 1) only; yields a list that receives
+    its input (B, T, D).
 
     The head is the widest layer, and most positions are query. Selecting where the hidden states enter it, rather
     than calling it ourselves, keeps whatever else the model does to its logits (scaling, soft-capping).
@@ -883,7 +890,7 @@ def head_at(policy: PreTrainedModel, index: Tensor) -> Iterator[list[Tensor]]:
     entered: list[Tensor] = []
 
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        entered.append(take(args[0], index))
+        entered.append(args[0][row, index])
         return (entered[-1], *args[1:])
 
     hook = policy.get_output_embeddings().register_forward_pre_hook(select)
@@ -893,14 +900,10 @@ def head_at(policy: PreTrainedModel, index: Tensor) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def take(hidden: Tensor, index: Tensor) -> Tensor:  # (B, W, D), (B, T) -> (B, T, D)
-    return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-
-
 def response_logits(policy: PreTrainedModel, layout: Layout) -> tuple[Tensor, Tensor]:  # (B, T, V), (B, T, D)
     """Logits that predict each response token, and the hidden states they come from."""
-    with head_at(policy, layout.index) as entered:
-        logits = policy(input_ids=layout.tokens, use_cache=False).logits
+    with head_at(policy, layout.row, layout.index) as entered:
+        logits = policy(**layout.inputs, use_cache=False).logits
     return logits, entered[0]
 
 
@@ -930,7 +933,7 @@ def map_rows(
     """
     results: list[Tensor] = []
     T = max(map(len, batch.responses))
-    groups = groups or micro_batches(batch.lengths, range(len(batch)), engine.micro_batch_size)
+    groups = groups or micro_batches(batch, engine.micro_batch_size)
     for rows, counts in engine.shard(groups):
         layout = lay_out(batch[rows], engine.device)
         with engine.autocast():
@@ -946,6 +949,27 @@ def map_rows(
     return results
 
 
+@torch.no_grad()
+def shares_queries(model: nn.Module, queries: list[list[int]], data: Data) -> bool:
+    """Whether a model reads two responses behind one query as it reads each alone, as long as they may get.
+
+    Positions that are no input (ALiBi), a state instead of attention, a window shorter than the row: there is no list
+    of such models, so the longest queries are tried.
+    """
+    queries = sorted(queries, key=len)[-2:]
+    T = max(data.response_tokens, data.comparison_tokens)
+    texts = [(list(reversed(query)) * T)[:T] for query in (queries[-1], queries[0], queries[-1])]
+    batch = Batch([queries[-1], queries[-1], queries[0]], texts)
+    read = model.values if isinstance(model, ScalarModel) else partial(response_logprobs, model, temperature=1.0)
+    if isinstance(model, ValueHead):
+        return True
+    try:
+        one, other = (read(lay_out(replace(batch, share=share), model.device)) for share in (False, True))
+    except Exception:  # whatever a model says to a mask it does not know
+        return False
+    return bool((one - other).abs().max() < 1e-3 * max(1.0, one.abs().max().item()))
+
+
 def scores_of(model: ScalarModel, batch: Batch, engine: Engine) -> Tensor:  # (B,)
     return map_rows(batch, engine, lambda layout: [model.scores(layout)])[0]
 
@@ -957,12 +981,14 @@ def sample(
     temperature: float,
     eos_id: int,
     engine: Engine,
+    share: bool = False,
 ) -> list[list[int]]:
     """A response to each query from softmax(logits / temperature), nothing cut or warped [D13], EOS included."""
     responses: dict[int, list[int]] = {}
+    batch = Batch(queries, [[] for _ in queries], share)
     with engine.autocast(), engine.gathered(policy):
-        for rows, counts in engine.shard(chunks(range(len(queries)), engine.sample_batch_size)):
-            block = sample_block(policy, [queries[i] for i in rows], uniforms[rows], temperature, eos_id)
+        for rows, counts in engine.shard(micro_batches(batch, engine.sample_batch_size)):
+            block = sample_block(policy, batch[rows], uniforms[rows], temperature, eos_id)
             responses |= zip(rows, block) if counts else ()
     responses = engine.all_gather(responses)
     return [responses[i] for i in range(len(queries))]
@@ -970,29 +996,34 @@ def sample(
 
 @torch.no_grad()
 def sample_block(
-    policy: PreTrainedModel, queries: list[list[int]], uniforms: Tensor, temperature: float, eos_id: int
+    policy: PreTrainedModel, batch: Batch, uniforms: Tensor, temperature: float, eos_id: int
 ) -> list[list[int]]:
     """Token t of row b is where `uniforms[b, t]` falls in the cumulative distribution: the only randomness, so that a
     response does not depend on its neighbours [D25].
 
     All rows write their next token in the same column, so here, and only here, queries are padded on the left, with an
-    explicit mask and positions [D5].
+    explicit mask and positions [D5]. Each distinct query is read once; its keys and values serve all its responses.
     """
-    T, Q, device = uniforms.shape[1], max(map(len, queries)), policy.device
+    device, groups = policy.device, batch.groups()
+    queries = [batch.queries[group[0]] for group in groups]
+    Q, row = max(map(len, queries)), torch.arange(len(queries), device=device)[:, None]
     tokens = torch.tensor([[0] * (Q - len(q)) + q for q in queries], device=device)
     attention = torch.tensor([[0] * (Q - len(q)) + [1] * len(q) for q in queries], device=device)
     positions = (attention.cumsum(1) - 1).clamp(min=0)
-    last = torch.full((len(queries), 1), Q - 1, device=device)  # the head sees the newest position only
-    uniforms = uniforms.to(device)
-    ended = torch.zeros_like(last, dtype=torch.bool)
-    cache, written = None, []
+    uniforms, written, cache = uniforms.to(device), [], None
+    ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=device)
     cache_name = "cache" if "cache" in inspect.signature(policy.forward).parameters else "past_key_values"
-    while len(written) < T and not ended.all():
-        with head_at(policy, last):
+    while len(written) < uniforms.shape[1] and not ended.all():
+        with head_at(policy, row, torch.full_like(row, tokens.shape[1] - 1)):  # the newest position only
             inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": positions}
             output = policy(**inputs, **{cache_name: cache}, use_cache=True)
-        cache = output[cache_name]
-        cumulative = (output.logits[:, -1].float() / temperature).softmax(-1).cumsum(-1)
+        cache, logits = output[cache_name], output.logits[:, -1]
+        if len(groups) < len(batch) and not written:  # from a row for each query to a row for each response
+            of = torch.tensor([r for r, group in enumerate(groups) for _ in group], device=device)
+            cache.batch_select_indices(of)
+            logits, attention, positions = logits[of], attention[of], positions[of]
+            row = torch.arange(len(batch), device=device)[:, None]
+        cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
         total = cumulative[:, -1:]
         threshold = torch.minimum(uniforms[:, len(written), None] * total, total.nextafter(torch.zeros_like(total)))
         # Below the total, and with right=True above what it passes: a token of probability 0 is never chosen. Where
@@ -1002,7 +1033,6 @@ def sample_block(
         ended |= tokens == eos_id
         positions = positions[:, -1:] + 1
         attention = torch.cat([attention, torch.ones_like(tokens)], dim=1)
-        last = torch.zeros_like(last)
     responses = torch.cat(written, dim=1)
     lengths = response_mask(responses, eos_id).sum(1).tolist()
     return [response[:length] for response, length in zip(responses.tolist(), lengths)]
@@ -1239,27 +1269,36 @@ class Codec:
 
 @dataclass(frozen=True)
 class Batch:
-    """Queries and responses as token ids. Lengths live in the rows; no pad id can be mistaken for anything [D3]."""
+    """Queries and responses as token ids. Lengths live in the rows; no pad id can be mistaken for anything [D3].
+
+    Where it may `share`, responses to one query stand side by side, and the query is read once for all of them.
+    """
 
     queries: list[list[int]]
     responses: list[list[int]]  # up to and including EOS, where there is one
+    share: bool = False
 
     def __len__(self) -> int:
         return len(self.queries)
 
     def __getitem__(self, rows: Sequence[int]) -> Batch:
-        return Batch([self.queries[i] for i in rows], [self.responses[i] for i in rows])
-
-    def __add__(self, other: Batch) -> Batch:
-        return Batch(self.queries + other.queries, self.responses + other.responses)
-
-    @property
-    def lengths(self) -> list[int]:
-        return [len(query) + len(response) for query, response in zip(self.queries, self.responses)]
+        return Batch([self.queries[i] for i in rows], [self.responses[i] for i in rows], self.share)
 
     @property
     def response_tokens(self) -> int:
         return sum(map(len, self.responses))
+
+    def groups(self) -> list[list[int]]:
+        """Neighbours that share a query."""
+        key = self.queries.__getitem__ if self.share else None
+        return [list(group) for _, group in groupby(range(len(self)), key)]
+
+    def parts(self, size: int) -> list[tuple[list[int], int, int]]:
+        """Rows that a micro-batch should hold together (neighbours that share a query, but for more than `size`), with
+        their number of responses and of tokens."""
+        groups = [part for group in self.groups() for part in chunks(group, size)]
+        widths = [len(self.queries[group[0]]) + sum(len(self.responses[i]) for i in group) for group in groups]
+        return [(group, len(group), width) for group, width in zip(groups, widths)]
 
     def whole_as_response(self) -> Batch:
         """The same rows, cut after their first token: every later token is then predicted, the query's too."""
@@ -1269,54 +1308,108 @@ class Batch:
         """Every query with the response to another: a summarizer must find these much worse."""
         return Batch(self.queries, far_away(self.responses))
 
+    def against_others(self) -> list[Ranking]:
+        """Every query with its own response, preferred to that to another, where they differ."""
+        rows = zip(self.queries, self.responses, self.exchanged().responses)
+        return [Ranking(query, [own, other], [(0, 1)]) for query, own, other in rows if own != other]
+
+
+class Ranking(NamedTuple):
+    """Different responses to a query, and which was preferred to which."""
+
+    query: list[int]
+    responses: list[list[int]]
+    pairs: list[tuple[int, int]]  # better and worse, as positions among the responses
+
 
 @dataclass(frozen=True)
-class Pairs:
-    """Two responses to each of some queries, one preferred to the other."""
+class Rankings:
+    """Rankings as a batch, in which each response stands once, in however many pairs."""
 
-    chosen: Batch
-    rejected: Batch
+    rankings: list[Ranking]
+    share: bool = False
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.rankings)
 
-    def __getitem__(self, rows: Sequence[int]) -> Pairs:
-        return Pairs(self.chosen[rows], self.rejected[rows])
+    def __getitem__(self, rows: Sequence[int]) -> Rankings:
+        return Rankings([self.rankings[i] for i in rows], self.share)
 
-    def __add__(self, other: Pairs) -> Pairs:
-        return Pairs(self.chosen + other.chosen, self.rejected + other.rejected)
+    def parts(self, size: int) -> list[tuple[list[int], int, int]]:
+        """As of a Batch, but what was compared stays together."""
+        lengths = [len(r.query) + sum(map(len, r.responses)) for r in self.rankings]
+        return [([i], len(r.responses), lengths[i]) for i, r in enumerate(self.rankings)]
 
-    @property
-    def lengths(self) -> list[int]:
-        return list(map(max, self.chosen.lengths, self.rejected.lengths))
+    def batch(self) -> Batch:
+        rows = [(r.query, response) for r in self.rankings for response in r.responses]
+        return Batch([query for query, _ in rows], [response for _, response in rows], self.share)
+
+    def columns(self) -> tuple[list[int], list[int], list[float]]:
+        """Of every pair: the rows of its better and worse response in `batch`, and its weight, 1 over the number of
+        pairs of its query, so that one which was compared more often does not count more [8, §3.5]."""
+        first = np.cumsum([0, *(len(r.responses) for r in self.rankings)]).tolist()
+        pairs = [(at + a, at + b, 1 / len(r.pairs)) for at, r in zip(first, self.rankings) for a, b in r.pairs]
+        return tuple(map(list, zip(*pairs)))
 
 
 class Layout(NamedTuple):
-    """A batch as tensors, for scoring and training."""
+    """A batch as tensors, for scoring and training. Of R rows each holds a query and its responses, one after another.
 
-    tokens: Tensor  # (B, W) query, response, padding, contiguous
+    Where a row holds several, each attends to the query and to itself, and its positions go on from the query's end:
+    everything is as if it stood alone behind the query (Liu et al. 2025, Prefix Grouper, arXiv 2506.05433).
+    """
+
+    inputs: dict[
+        str, Tensor
+    ]  # input_ids (R, W) without gaps; position_ids (R, W) and attention_mask (R, 1, W, W) if need be
+    row: Tensor  # (B, 1) in which a response stands
     index: Tensor  # (B, T) where the model has read everything before response token t
+    last: Tensor  # (B, 1) where it has read the whole response
     responses: Tensor  # (B, T)
     mask: Tensor  # (B, T) bool, True on response tokens
 
 
 def lay_out(batch: Batch, device: torch.device | str = "cpu") -> Layout:
-    """Pad on the right: causal models then need neither attention mask nor position ids [D5].
+    """Pad on the right: causal models then need neither attention mask nor position ids [D5], unless rows are shared.
 
     No real token can see the padding behind it, so any valid id will do there [D3].
     """
-    tokens = pad_right([q + r for q, r in zip(batch.queries, batch.responses)], device)
-    responses = pad_right(batch.responses, device)
-    T = responses.shape[1]
-    mask = length_mask(torch.tensor([len(r) for r in batch.responses], device=device), T)
-    before = torch.tensor([len(q) - 1 for q in batch.queries], device=device)
-    index = before[:, None] + torch.arange(T, device=device)
-    return Layout(tokens, index.clamp(max=tokens.shape[1] - 1), responses, mask)
+    groups = batch.groups()
+    tokens, positions, owners = [], [], []  # of each row; owner 0 is the query, 1, 2, ... its responses
+    row, start = [], []  # of each response
+    for r, group in enumerate(groups):
+        query = batch.queries[group[0]]
+        tokens.append(list(query))
+        positions.append(list(range(len(query))))
+        owners.append([0] * len(query))
+        for owner, b in enumerate(group, start=1):
+            response = batch.responses[b]
+            row.append([r])
+            start.append([len(tokens[r])])
+            tokens[r] += response
+            positions[r] += range(len(query), len(query) + len(response))
+            owners[r] += [owner] * len(response)
+    inputs = {"input_ids": pad_right(tokens, device)}
+    W, responses = inputs["input_ids"].shape[1], pad_right(batch.responses, device)
+    if len(groups) < len(batch):
+        owner = pad_right(owners, device, filler=-1)
+        seen = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])
+        seen = seen & torch.ones(W, W, dtype=torch.bool, device=device).tril()
+        # Added to the attention scores: eager attention takes no other mask.
+        hidden = torch.zeros(seen.shape, device=device).masked_fill(~seen, torch.finfo(torch.float32).min)
+        inputs |= {"position_ids": pad_right(positions, device), "attention_mask": hidden[:, None]}
+    before = torch.tensor([[len(query) - 1] for query in batch.queries], device=device)
+    row, start = torch.tensor(row, device=device), torch.tensor(start, device=device)
+    lengths = torch.tensor([len(response) for response in batch.responses], device=device)
+    index = start - 1 + torch.arange(responses.shape[1], device=device)
+    index = torch.cat([before, index[:, 1:]], dim=1).clamp(max=W - 1)
+    mask = length_mask(lengths, responses.shape[1])
+    return Layout(inputs, row, index, start - 1 + lengths[:, None], responses, mask)
 
 
-def pad_right(rows: list[list[int]], device: torch.device | str) -> Tensor:
+def pad_right(rows: list[list[int]], device: torch.device | str, filler: int = 0) -> Tensor:
     width = max(map(len, rows))
-    return torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    return torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=device)
 
 
 def far_away(rows: list) -> list:
@@ -1329,9 +1422,22 @@ def chunks(rows: Sequence[int], size: int) -> list[list[int]]:
     return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
 
 
-def micro_batches(lengths: Sequence[int], rows: Sequence[int], size: int) -> list[list[int]]:
-    """Deal rows into groups of similar length: less padding, same result, since losses divide once [D20]."""
-    return chunks(sorted(rows, key=lambda i: lengths[i]), size)
+def packed(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Neighbours together as long as their sizes do not exceed the limit; one that does stands alone."""
+    packs, room = [], 0
+    for i, size in enumerate(sizes):
+        if size > room or not packs:
+            packs, room = [*packs, []], limit
+        packs[-1].append(i)
+        room -= size
+    return packs
+
+
+def micro_batches(batch: Batch | Rankings | Rollout, size: int) -> list[list[int]]:
+    """Rows in groups of similar length, `size` responses each: less padding, same sums, as losses divide once [D20]."""
+    parts = sorted(batch.parts(size), key=lambda part: part[2])
+    packs = packed([responses for _, responses, _ in parts], size)
+    return [[row for i in pack for row in parts[i][0]] for pack in packs]
 
 
 def rng(seed: int, purpose: str, *address: int) -> np.random.Generator:
@@ -1380,24 +1486,28 @@ def read_examples(run: Run, split: str, codec: Codec) -> Batch:
     return batch[fitting(run, f"{split} summaries", f"longer than --data.response-tokens {limit}", fits, posts)]
 
 
-def read_pairs(run: Run, split: str, codec: Codec) -> tuple[Pairs, list[tuple[str, ...]]]:
-    """Chosen and rejected, and of what kinds they are, but for those that do not fit or do not differ."""
+def read_rankings(run: Run, split: str, codec: Codec) -> tuple[list[Ranking], list[tuple[str, ...]]]:
+    """Comparisons, those of one post together, and of what kinds each pair is; but for those that do not fit."""
     data, limit = run.config.data, run.config.data.comparison_tokens
     given = {"train": data.comparisons_train, "valid": data.comparisons_valid}[split]
-    remedy = "run stage compare, or give --data.comparisons-train"
-    comparisons, complaints = read_records(
-        given or run.find(f"data/comparisons_{split}.jsonl", remedy), parse_comparison
-    )
+    path = given or run.find(f"data/comparisons_{split}.jsonl", "run stage compare, or give --data.comparisons-train")
+    comparisons, complaints = read_records(path, parse_comparison)
     run.note(complaints)
-    posts, kinds = [comparison.post for comparison in comparisons], [comparison.kinds for comparison in comparisons]
-    queries = codec.queries(posts)
-    chosen = Batch(queries, codec.responses([comparison.chosen for comparison in comparisons]))
-    rejected = Batch(queries, codec.responses([comparison.rejected for comparison in comparisons]))
-    lengths = zip(queries, chosen.responses, rejected.responses)
-    fits = [bool(query) and max(len(a), len(b)) <= limit and a != b for query, a, b in lengths]
+    posts = [comparison.post for comparison in comparisons]
+    texts = ([c.chosen for c in comparisons], [c.rejected for c in comparisons])
+    rows = list(zip(codec.queries(posts), *map(codec.responses, texts)))
+    fits = [bool(query) and max(len(a), len(b)) <= limit and a != b for query, a, b in rows]
     why = f"title too long, a text longer than --data.comparison-tokens {limit}, or the same text twice"
-    rows = fitting(run, f"{split} comparisons", why, fits, posts)
-    return Pairs(chosen, rejected)[rows], [kinds[i] for i in rows]
+    compared: dict[tuple, list] = {}  # query -> its pairs, with their kinds
+    for i in fitting(run, f"{split} comparisons", why, fits, posts):
+        query, better, worse = map(tuple, rows[i])
+        compared.setdefault(query, []).append((better, worse, comparisons[i].kinds))
+    rankings = []
+    for query, pairs in compared.items():
+        texts = list(dict.fromkeys(text for better, worse, _ in pairs for text in (better, worse)))
+        places = [(texts.index(better), texts.index(worse)) for better, worse, _ in pairs]
+        rankings.append(Ranking(list(query), list(map(list, texts)), places))
+    return rankings, [kinds for pairs in compared.values() for _, _, kinds in pairs]
 
 
 def fitting(run: Run, what: str, why: str, fits: list[bool], posts: Sequence[Post]) -> list[int]:
@@ -1718,25 +1828,28 @@ def small_model(size: Pretrain, tokenizer: PreTrainedTokenizerBase, seed: int) -
 
 def compare(run: Run) -> None:
     """Comparisons where the user has none: the labeler judges samples of the SFT model."""
-    config, seed = run.config, run.config.seed
+    config, seed, K = run.config, run.config.seed, run.config.compare.samples
     codec, policy = run.codec("sft"), run.engine.place(load_policy(run.path("sft")))
     check_room(policy, config.data)
     labeler = Labeler(read_posts(run, "train"))
+    share = run.can_share(read_prompts(run, "valid", codec)[1], K, policy)
     for split, limit in (("train", config.compare.posts), ("valid", None)):
         posts, queries = read_prompts(run, split, codec)
         picked = rng(seed, f"compare {split}").permutation(len(posts))[:limit].tolist()
         posts, queries = [posts[i] for i in picked], [queries[i] for i in picked]
-        drafts: list[list[str]] = []
-        for k in range(config.compare.samples):
-            uniforms = noise(seed, f"compare {split} {k}", range(len(posts)), config.data.response_tokens)
-            responses = sample(policy, queries, uniforms, config.ppo.temperature, codec.eos_id, run.engine)
-            drafts.append([codec.text(response) for response in responses])
+        uniforms = [
+            noise(seed, f"compare {split} {k}", range(len(posts)), config.data.response_tokens) for k in range(K)
+        ]
+        uniforms, prompts = torch.stack(uniforms, dim=1).flatten(0, 1), [query for query in queries for _ in range(K)]
+        responses = sample(policy, prompts, uniforms, config.ppo.temperature, codec.eos_id, run.engine, share)
+        drafts = chunks([codec.text(response) for response in responses], K)
         records = []
         for i, post in enumerate(posts):
-            ranked = sorted((draft[i] for draft in drafts), key=partial(labeler.score, post))
-            stranger = drafts[0][(i + 1) % len(posts)]
-            records += compared_by(labeler, post, ("sft", ranked[-1]), ("sft", ranked[0]), flip=i % 2 == 1)
-            records += compared_by(labeler, post, ("sft", drafts[0][i]), (OTHER_POST, stranger), flip=i % 2 == 0)
+            ranked = sorted(drafts[i], key=partial(labeler.score, post))
+            for k, (worse, better) in enumerate(combinations(ranked, 2)):
+                records += compared_by(labeler, post, ("sft", better), ("sft", worse), flip=(i + k) % 2 == 1)
+            stranger = (OTHER_POST, drafts[(i + 1) % len(posts)][0])
+            records += compared_by(labeler, post, ("sft", drafts[i][0]), stranger, flip=i % 2 == 0)
         refuse(not records, f"the labeler saw no difference between any two samples for the {split} posts")
         run.write(f"data/comparisons_{split}.jsonl", partial(write_records, records))
         run.say(f"{len(records):,} {split} comparisons from {len(posts):,} posts, ties dropped")
@@ -1862,8 +1975,8 @@ class Compare:
     """Preferences where there are no humans: the labeler compares samples of the SFT model."""
 
     posts: int = 6000  # Training posts to sample for, at most.
-    # Samples per post at the PPO temperature; the labeler's best is compared with its worst, and its first with a
-    # sample for another post.
+    # K, samples per post at the PPO temperature; the labeler ranks them, every pair is a comparison [8, section 3.5],
+    # and the first sample is compared with one for another post.
     samples: int = 2
 
 
@@ -1875,7 +1988,7 @@ class Reward:
     # First learn to prefer a post's own summary to another post's, on at most this many posts (preference model
     # pretraining, Askell et al. 2021, arXiv 2112.00861). Paper: 0.
     pretraining_pairs: int = 6000
-    batch_size: int = 16  # Pairs per step. Paper: 64.
+    batch_size: int = 16  # Pairs per step, all pairs of a post in one step. Paper: 64.
     lr: float = 7e-4  # Learning rate, cosine to 0 after the same warm-up as in pretraining. Paper: 3e-6, no warm-up.
 
 
@@ -1885,6 +1998,7 @@ class PPO:
 
     total_episodes: int = 6144  # Responses sampled in all. Paper: 1,000,000.
     batch_size: int = 256  # Responses sampled per update. Paper: 512.
+    responses_per_query: int = 1  # G, responses to each query of a batch; they share it. Paper: 1.
     num_minibatches: int = 4  # Optimizer steps per epoch over a batch. Paper: 1.
     num_ppo_epochs: int = 2  # Epochs over each batch, K in [1], a fresh permutation each [D19]. Paper: 4.
     lr: float = 4e-4  # Learning rate of the policy, linear to 0. Paper: 3e-6.
@@ -1958,9 +2072,12 @@ class Compute:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # CUDA if there is a GPU.
     # Of forward passes; weights are float32 always [D21]. auto: bfloat16 on a GPU, float32 on a CPU.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    # Rows (pairs, for the reward model) per forward and backward pass; changes memory and speed only [D20].
+    # Responses per forward and backward pass; changes memory and speed only [D20].
     micro_batch_size: int = 32
-    sample_batch_size: int = 256  # Rows sampled together.
+    sample_batch_size: int = 256  # Responses sampled together.
+    # Read a query once for all responses to it in a micro-batch. The memory of attention grows with the square of query
+    # and responses together; a smaller micro-batch splits them. A model that cannot is found out, and used without.
+    share_queries: bool = True
     checkpoint_minutes: float = 10.0  # Minutes between checkpoints; 0 after every step.
     # Give each process (torchrun) a share of all weights, gradients and optimizer states (FSDP2) instead of a copy: for
     # models too large for one GPU.
@@ -2013,9 +2130,16 @@ class Config:
         refuse("post" not in fields, "--data.query-format has no {post} in it")
         for name in fields - {"subreddit", "title", "post"}:
             refuse(True, f"--data.query-format: posts have no {{{name}}}")
-        for whole, part in (("--pretrain.width", "--pretrain.heads"), ("--ppo.batch-size", "--ppo.num-minibatches")):
-            a, b = (flags_of(asdict(self))[flag] for flag in (whole, part))
-            refuse(a % b != 0, f"{whole} {a} is not a multiple of {part} {b}")
+        flags = flags_of(asdict(self))
+        for whole, part in (
+            ("--pretrain.width", "--pretrain.heads"),
+            ("--ppo.batch-size", "--ppo.num-minibatches"),
+            ("--ppo.batch-size", "--ppo.responses-per-query"),
+        ):
+            refuse(flags[whole] % flags[part] != 0, f"{whole} {flags[whole]} is not a multiple of {part} {flags[part]}")
+        size, G = ppo.minibatch_size, ppo.responses_per_query
+        cut = f"--ppo.num-minibatches {ppo.num_minibatches} leaves {size} responses in each, no multiple of"
+        refuse(size % G != 0, f"{cut} --ppo.responses-per-query {G}")
         episodes = f"--ppo.total-episodes {ppo.total_episodes} is"
         small = f"{episodes} less than one batch, --ppo.batch-size {ppo.batch_size}"
         refuse(ppo.total_episodes < ppo.batch_size, small)
@@ -2278,6 +2402,18 @@ class Run:
 
     def codec(self, model: str) -> Codec:
         return Codec(load_tokenizer(self.path(model)), self.config.data)
+
+    def can_share(self, queries: list[list[int]], G: int, *models: nn.Module) -> bool:
+        """Whether responses to one query may share it: the user did not object, and the models do not mind."""
+        if G == 1 or not self.config.compute.share_queries:
+            return False
+        minds = [
+            model
+            for model in models
+            if isinstance(model, nn.Module) and not shares_queries(model, queries, self.config.data)
+        ]
+        self.note(f"{type(m).__name__} cannot share a query: each response reads its own copy" for m in minds)
+        return not minds
 
     @property
     def labeler_chose(self) -> bool:
