@@ -956,15 +956,17 @@ def shares_queries(model: nn.Module, queries: list[list[int]], data: Data) -> bo
     Positions that are no input (ALiBi), a state instead of attention, a window shorter than the row: there is no list
     of such models, so the longest queries are tried.
     """
-    queries = sorted(queries, key=len)[-2:]
-    T = max(data.response_tokens, data.comparison_tokens)
-    texts = [(list(reversed(query)) * T)[:T] for query in (queries[-1], queries[0], queries[-1])]
-    batch = Batch([queries[-1], queries[-1], queries[0]], texts)
-    read = model.values if isinstance(model, ScalarModel) else partial(response_logprobs, model, temperature=1.0)
-    if isinstance(model, ValueHead):
+    if isinstance(model, ValueHead):  # reads what the policy has read
         return True
+    queries, T = sorted(queries, key=len)[-2:], max(data.response_tokens, data.comparison_tokens)
+    texts = [(query[::-1] * T)[:T] for query in (queries[-1], queries[0], queries[-1])]
+    batch = Batch([queries[-1], queries[-1], queries[0]], texts)
+    device = next(model.parameters()).device
+    plain, shared = (lay_out(replace(batch, share=share), device) for share in (False, True))
+    read = model.values if isinstance(model, ScalarModel) else partial(response_logprobs, model, temperature=1.0)
+    one = read(plain)
     try:
-        one, other = (read(lay_out(replace(batch, share=share), model.device)) for share in (False, True))
+        other = read(shared)
     except Exception:  # whatever a model says to a mask it does not know
         return False
     return bool((one - other).abs().max() < 1e-3 * max(1.0, one.abs().max().item()))
@@ -2407,12 +2409,9 @@ class Run:
         """Whether responses to one query may share it: the user did not object, and the models do not mind."""
         if G == 1 or not self.config.compute.share_queries:
             return False
-        minds = [
-            model
-            for model in models
-            if isinstance(model, nn.Module) and not shares_queries(model, queries, self.config.data)
-        ]
-        self.note(f"{type(m).__name__} cannot share a query: each response reads its own copy" for m in minds)
+        nets = [model for model in models if isinstance(model, nn.Module)]  # a rule reads text
+        minds = [net for net in nets if not shares_queries(net, queries, self.config.data)]
+        self.note(f"{type(net).__name__} cannot share a query: each response reads its own copy" for net in minds)
         return not minds
 
     @property
