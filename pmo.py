@@ -46,7 +46,8 @@ References: [1] Schulman et al. 2017, PPO, arXiv 1707.06347 · [2] Lambert, The 
 GAE, arXiv 1506.02438 · [4] Huang et al. 2024, The N+ Implementation Details of RLHF with PPO, arXiv 2403.17031 ·
 [5] Stiennon et al. 2020, Learning to summarize from human feedback, arXiv 2009.01325 · [6] Schulman et al. 2015, TRPO,
 arXiv 1502.05477 · [7] Lambert et al. 2024, Tulu 3, arXiv 2411.15124 · [8] Ouyang et al. 2022, InstructGPT, arXiv
-2203.02155. The file is named after an article that calls PPO *PMO*; README translates its vocabulary.
+2203.02155 · [9] Ahmadian et al. 2024, Back to Basics (RLOO), arXiv 2402.14740. The file is named after an article that
+calls PPO *PMO*; README translates its vocabulary.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -238,13 +240,25 @@ def gae(
     return advantages, advantages + values
 
 
+def leave_one_out(
+    returns: Tensor,  # (B,) groups of G neighbours
+    G: int,
+) -> Tensor:  # (B,)
+    """Mean over the other members of each group: a baseline that knows nothing of the response itself [9, eq. 7].
+
+    return − baseline = G / (G − 1) · (return − mean of the group).
+    """
+    groups = returns.view(-1, G)
+    return ((groups.sum(1, keepdim=True) - groups) / (G - 1)).flatten()
+
+
 def policy_loss(
     logprobs: Tensor,  # (B, T)
     old_logprobs: Tensor,  # (B, T) of the policy that sampled
     advantages: Tensor,  # (B, T)
     cliprange: float,
 ) -> Tensor:  # (B, T), unreduced
-    """−min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),  ρ = π / π_old [1, eq. 7; D18].
+    """−min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),  ρ = π / π_old [1, eq. 7; D18]; without a clip (ε = ∞) −ρ A [1, eq. 6].
 
     The minimum is pessimistic: the clip removes the gradient only where the step would gain from going further.
     """
@@ -262,6 +276,26 @@ def value_loss(
     """½ max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²) [3; 4; D18; the clip is OpenAI baselines']."""
     clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     return torch.max((values - returns).square(), (clipped - returns).square()) / 2
+
+
+def adapted(coef: float, kl: float, target: float) -> float:
+    """The price of the next update's KL: halved below target / 1.5, doubled above 1.5 · target [1, §4]."""
+    return coef / 2 if kl < target / 1.5 else coef * 2 if kl > target * 1.5 else coef
+
+
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor],  # v (N,) -> F v (N,), F symmetric and positive definite
+    b: Tensor,  # (N,)
+    steps: int = 10,
+) -> Tensor:  # (N,) x with F x ≈ b
+    """The best x in span(b, F b, F² b, ...), without ever holding F [6, appendix C; Hestenes and Stiefel 1952]."""
+    x, residual, direction = torch.zeros_like(b), b, b
+    for _ in range(steps):
+        image = product(direction)
+        step = (residual @ residual) / (direction @ image)
+        x, before, residual = x + step * direction, residual, residual - step * image
+        direction = residual + (residual @ residual) / (before @ before) * direction
+    return x
 
 
 def aggregate(
@@ -302,23 +336,23 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 def ppo(run: Run) -> None:
     """Proximal policy optimisation against the reward model [1; 4]. Steps are numbered as in the docstring above."""
-    config, engine, seed, G = run.config.ppo, run.engine, run.config.seed, run.config.ppo.responses_per_query
+    config, engine, seed, T = run.config.ppo, run.engine, run.config.seed, run.config.data.response_tokens
     codec, models, history = run.codec("sft"), load_models(run), run.logged("ppo")  # of before, in a resumed run
     (posts, queries), (valid, _) = read_prompts(run, "train", codec), read_prompts(run, "valid", codec)
-    labeler, share = Labeler(posts) if run.labeler_chose else None, run.can_share(queries, G, *models)
-    optimizer = adamw(run.config.optimizer, (models.policy, config.lr), (models.value_model, config.value_lr))
-    losses = partial(ppo_losses, models, config)
-    trained = {"policy": models.policy, "value_model": models.value_model}
+    labeler = Labeler(posts) if run.labeler_chose else None
+    demonstrations = read_examples(run, "train", codec) if config.ptx_coef else None
+    share = run.can_share(queries, config.responses_per_query, *models)
+    trained, rates = models.learned(), {"policy": config.policy_lr, "value_model": config.value_lr}
+    optimizer = adamw(run.config.optimizer, *((module, rates[name]) for name, module in trained.items()))
     for update in run.steps("ppo", config.num_updates, optimizer, **trained):
         set_lr(optimizer, 1 - update / config.num_updates)  # linear to 0 [D21]
         episodes = range(update * config.batch_size, (update + 1) * config.batch_size)
-        picked = shuffled(seed, "episodes", len(posts), episodes.start // G, episodes.stop // G)
-        picked = [i for i in picked for _ in range(G)]
+        picked = pick(seed, "episodes", len(posts), episodes, config.responses_per_query)
         asked, prompts = [posts[i] for i in picked], [queries[i] for i in picked]
         epochs = [minibatches(seed, update, epoch, config) for epoch in range(config.num_ppo_epochs)]
 
-        # 1. Sample a response to each query, up to and including EOS, or as long as there is room.
-        uniforms = noise(seed, "episodes", episodes, run.config.data.response_tokens)
+        # 1. Sample responses to each query, up to and including EOS, or as long as there is room.
+        uniforms = noise(seed, "episodes", episodes, T)
         responses = sample(models.policy, prompts, uniforms, config.temperature, codec.eos_id, engine, share)
         batch = Batch(prompts, responses, share)
         # 2. Score each response, as a whole: the reward model, read at EOS, or a rule.
@@ -328,31 +362,42 @@ def ppo(run: Run) -> None:
         # 4. A reward for every token: the price of KL, and at the last token the score.
         rewards = shape_rewards(rollout, config)
         # 5. What each token did better or worse than was expected.
-        rollout = credit(rollout, rewards, config)
+        rollout = replace(credit(rollout, rewards, config), room=T)
+        if demonstrations is not None:
+            rollout = replace(rollout, shown=demonstrations[pick(seed, "shown", len(demonstrations), episodes)])
         # 6. K epochs of minibatches, each in a new order, and 7. an optimizer step for each minibatch.
+        config = config.after(history[-1:])
+        natural = natural_step(models.policy, rollout, config, engine)
+        losses = partial(ppo_losses, models, config)
         steps = [optimizer_step(engine, optimizer, rollout[rows], losses) for rows in chain(*epochs)]
         optimizer.zero_grad()  # the gradients' memory is for what the next update samples
 
-        history.append(rollout_statistics(rollout, config) | step_statistics(steps))
+        statistics = natural | step_statistics(steps) | rollout_statistics(rollout, config)
+        statistics |= update_statistics(models.policy, rollout, config, engine)
         if labeler is not None:  # a look at what the reward model stands for; nothing is trained on it
-            history[-1]["objective/labeler"] = mean_label(labeler, asked, batch, codec)
-        run.log(history[-1])
+            statistics["objective/labeler"] = mean_label(labeler, asked, batch, codec)
+        history.append(statistics)
+        run.log(statistics)
         run.warn(bad_signs(history))
         if update % config.sample_every == 0:
             show_sample(run, update, valid, codec, models)
-        if history[-1]["objective/kl"] > (config.max_kl or math.inf):
-            run.say(f"stopped: KL {history[-1]['objective/kl']:.2f} exceeds --ppo.max-kl {config.max_kl}")
+        if statistics["objective/kl"] > (config.max_kl or math.inf):
+            run.say(f"stopped: KL {statistics['objective/kl']:.2f} exceeds --ppo.max-kl {config.max_kl}")
             break
     run.write("ppo", partial(save_model, models.policy, engine.weights(models.policy), codec.tokenizer))
 
 
 class Models(NamedTuple):
-    """The four models of PPO; two learn, two are frozen. A rule may stand in for the reward model."""
+    """The four models of PPO; two learn, two are frozen. A rule may stand in for the reward model, and a baseline that
+    is not learned for the value model."""
 
     policy: PreTrainedModel
-    value_model: ScalarModel | ValueHead
+    value_model: ScalarModel | ValueHead | None
     ref_policy: PreTrainedModel
     reward_model: ScalarModel | RewardFunction
+
+    def learned(self) -> dict[str, nn.Module]:
+        return {"policy": self.policy} | ({"value_model": self.value_model} if self.value_model is not None else {})
 
 
 RewardFunction = Callable[[str, str, dict], float]  # a rule: of post, response, and the post's record in the data file
@@ -372,16 +417,18 @@ class Rollout:
     has_eos: Tensor  # (B,) bool
     advantages: Tensor | None = None  # (B, T)
     returns: Tensor | None = None  # (B, T)
+    shown: Batch | None = None  # demonstrations beside the episodes [8, PPO-ptx]
+    room: int = 0  # tokens that a response could have had
 
     def __len__(self) -> int:
         return len(self.batch)
 
     def __getitem__(self, rows: Sequence[int]) -> Rollout:
         """These episodes, as wide as their longest response."""
-        batch = self.batch[rows]
-        T = max(map(len, batch.responses))
-        tensors = {name: x for name, x in vars(self).items() if name != "batch"}
-        return Rollout(batch, **{name: x[rows][:, :T] if x.dim() == 2 else x[rows] for name, x in tensors.items()})
+        T = max(len(self.batch.responses[i]) for i in rows)
+        fields = {name: x if x is None or name == "room" else x[rows] for name, x in vars(self).items()}
+        trimmed = {name: x[:, :T] for name, x in fields.items() if isinstance(x, Tensor) and x.dim() == 2}
+        return Rollout(**fields | trimmed)
 
     def parts(self, size: int) -> list[tuple[list[int], int, int]]:
         return self.batch.parts(size)
@@ -432,8 +479,18 @@ def shape_rewards(rollout: Rollout, config: PPO) -> Tensor:  # (B, T)
 
 
 def credit(rollout: Rollout, rewards: Tensor, config: PPO) -> Rollout:
-    """The rollout with advantages, whitened over all tokens of the batch [D16], and returns, the value's targets."""
-    advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.lam)
+    """With advantages Ψₜ of the policy gradient Σₜ ∇log π(aₜ|sₜ) Ψₜ [3, eq. 1], and the returns that values learn.
+
+    A baseline that knows nothing of the response leaves the gradient unbiased. Without a learned one Ψ is the
+    reward-to-go, less the same number for every token of a response. Whitening is over all tokens of the batch [D16].
+    """
+    if config.learns_values:
+        advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.lam)
+    else:
+        advantages, returns = gae(rewards, torch.zeros_like(rewards), rollout.mask, config.gamma, 1.0)
+    if config.baseline in ("group", "batch"):
+        G = config.responses_per_query if config.baseline == "group" else len(returns)
+        advantages = (returns - leave_one_out(returns[:, 0], G)[:, None]).masked_fill(~rollout.mask, 0)
     if config.whiten_advantages:
         advantages = whiten(advantages, rollout.mask)
     return replace(rollout, advantages=advantages, returns=returns)
@@ -453,14 +510,22 @@ def ppo_losses(models: Models, config: PPO, part: Rollout, whole: Rollout) -> di
     # Zeroed padding first: what stands there must not meet exp() or a square, whose NaN gradients no mask removes.
     logprobs = logprobs_of(logits, layout.responses, config.temperature).masked_fill(~part.mask, 0)  # [D13]
     values = values.masked_fill(~part.mask, 0)
-    policy_losses = policy_loss(logprobs, part.logprobs, part.advantages, config.cliprange)
+    cliprange = config.cliprange if config.objective == "clip" else math.inf
+    policy_losses = policy_loss(logprobs, part.logprobs, part.advantages, cliprange)
     value_losses = value_loss(values, part.values, part.returns, config.cliprange_value)
 
     # Divided by the counts of the whole minibatch, so that shares add up, however it was cut [D20].
     tokens = whole.mask.sum()
-    count = tokens if config.average == "token" else len(whole)
-    share = partial(aggregate, mask=part.mask, how=config.average, normalizer=count)
-    loss = share(policy_losses) + config.vf_coef * share(value_losses)
+    count = {"token": tokens, "sequence": len(whole), "constant": len(whole) * whole.room}[config.average]
+    how = "sequence" if config.average == "sequence" else "token"
+    share = partial(aggregate, mask=part.mask, how=how, normalizer=count)
+    loss = share(policy_losses)
+    if config.learns_values:
+        loss = loss + config.vf_coef * share(value_losses)
+    if config.objective in ("penalty", "adaptive"):  # KL(π_old ‖ π) [1, eq. 8]
+        loss = loss + config.penalty_coef * share(kl_estimate(part.logprobs, logprobs, "k3"))
+    if whole.shown is not None:  # PPO-ptx [8, eq. 2]: the policy keeps its demonstrations likely
+        loss = loss + config.ptx_coef * language_model_losses(models.policy, 0.0, part.shown, whole.shown)["loss"]
     if config.kl_in == "loss":  # [D15]
         loss = loss + config.kl_coef * share(kl_estimate(logprobs, part.ref_logprobs, config.kl_kind))
     token_mean = partial(aggregate, mask=part.mask, how="token", normalizer=tokens)  # whatever the loss is [D23]
@@ -491,13 +556,7 @@ def optimizer_step(
     "loss" among them: so gradients and statistics of the parts simply add up [D20].
     """
     optimizer.zero_grad()
-    totals: dict[str, Tensor] = {}
-    for rows, counts in engine.shard(micro_batches(minibatch, engine.micro_batch_size)):
-        with engine.autocast():
-            shares = losses(minibatch[rows], minibatch)
-        engine.backward(shares["loss"] * counts)
-        totals = {name: totals.get(name, 0.0) + share.detach() * counts for name, share in shares.items()}
-    engine.all_reduce([*totals.values()])
+    totals = accumulate(engine, minibatch, losses)
     totals["grad_norm"] = engine.finish_gradients(optimizer)
     statistics = {name: float(total) for name, total in totals.items()}
     for name in ("loss", "grad_norm"):  # [D22]
@@ -505,6 +564,78 @@ def optimizer_step(
             raise Diverged(f"{name} is {statistics[name]}, so no step was taken; try a lower learning rate [D22]")
     optimizer.step()
     return statistics | {"lr": optimizer.param_groups[0]["lr"]}
+
+
+def accumulate(
+    engine: Engine,
+    minibatch: Batch | Rankings | Rollout,
+    losses: Callable[[Batch | Rankings | Rollout, Batch | Rankings | Rollout], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """The gradient of a minibatch's loss, and all its statistics: the sums over its micro-batches."""
+    totals: dict[str, Tensor] = {}
+    for rows, counts in engine.shard(micro_batches(minibatch, engine.micro_batch_size)):
+        with engine.autocast():
+            shares = losses(minibatch[rows], minibatch)
+        engine.backward(shares["loss"] * counts)
+        totals = {name: totals.get(name, 0.0) + share.detach() * counts for name, share in shares.items()}
+    engine.all_reduce([*totals.values()])
+    return totals
+
+
+def natural_step(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine: Engine) -> dict[str, float]:
+    """TRPO [6]: the step that gains most of E[ρA] within KL(π_old ‖ π) ≤ δ, to second order, then made true.
+
+        x = F⁻¹ g by conjugate gradients        θ ← θ + √(2δ / xᵀFx) x, halved until the KL is below δ and E[ρA] rose
+
+    F v is the change of the KL's gradient along v. As a difference it needs no second derivatives, which fused
+    attention lacks: k3's gradient under samples of π_old is (ρ − 1) ∇log π, 0 at the start.
+    """
+    if config.objective != "constraint":
+        return {}
+    parameters = list(policy.parameters())
+    start = parameters_to_vector(parameters).detach()
+
+    def mean_of(loss_of: Callable[[Tensor, Rollout], Tensor], theta: Tensor) -> tuple[float, Tensor]:
+        """Mean over tokens of loss_of(logprobs, part) at theta, and its gradient (N,)."""
+
+        def losses(part: Rollout, whole: Rollout) -> dict[str, Tensor]:
+            layout = lay_out(part.batch, part.mask.device)
+            logprobs = response_logprobs(policy, layout, config.temperature).masked_fill(~part.mask, 0)
+            return {"loss": aggregate(loss_of(logprobs, part), part.mask, "token", whole.mask.sum())}
+
+        set_parameters(parameters, theta)
+        policy.zero_grad()
+        loss = accumulate(engine, rollout, losses)["loss"].item()
+        engine.all_reduce([p.grad for p in parameters])
+        return loss, parameters_to_vector([p.grad for p in parameters])
+
+    def surrogate(logprobs: Tensor, part: Rollout) -> Tensor:
+        return policy_loss(logprobs, part.logprobs, part.advantages, math.inf)
+
+    def fisher(v: Tensor) -> Tensor:
+        h = 0.01 / v.norm()
+        return mean_of(lambda new, part: kl_estimate(part.logprobs, new, "k3"), start + h * v)[1] / h
+
+    loss, gradient = mean_of(surrogate, start)
+    x = conjugate_gradients(fisher, -gradient)
+    step = (2 * config.target_kl / (x @ fisher(x))).sqrt() * x
+    for halvings in range(10):
+        gain = loss - mean_of(surrogate, start + step / 2**halvings)[0]
+        if gain > 0 and update_kl(policy, rollout, config.temperature, engine) <= config.target_kl:
+            return {"policy/halvings": halvings, "policy/surrogate_gain": gain}
+    set_parameters(parameters, start)
+    return {"policy/halvings": 10, "policy/surrogate_gain": 0.0}
+
+
+def set_parameters(parameters: list[Tensor], theta: Tensor) -> None:
+    for parameter, part in zip(parameters, theta.split([p.numel() for p in parameters])):
+        parameter.data.copy_(part.view_as(parameter))
+
+
+def update_kl(policy: PreTrainedModel, rollout: Rollout, temperature: float, engine: Engine) -> float:
+    """KL(π_old ‖ π) per token of the rollout: how far the update has gone."""
+    (logprobs,) = map_rows(rollout.batch, engine, lambda layout: [response_logprobs(policy, layout, temperature)])
+    return masked_mean(kl_estimate(rollout.logprobs, logprobs, "k3"), rollout.mask).item()
 
 
 def rollout_statistics(rollout: Rollout, config: PPO) -> dict[str, float]:
@@ -526,6 +657,19 @@ def rollout_statistics(rollout: Rollout, config: PPO) -> dict[str, float]:
     }
 
 
+def update_statistics(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine: Engine) -> dict[str, float]:
+    """How far an update went in the end, what it will cost the next one to go there, and how good the values were."""
+    kl = update_kl(policy, rollout, config.temperature, engine)
+    statistics = {"policy/update_kl": kl}
+    if config.objective == "adaptive":
+        statistics["policy/next_penalty_coef"] = adapted(config.penalty_coef, kl, config.target_kl)
+    if config.learns_values:  # 1 where V is right, 0 where it is no better than a constant
+        returns, values = rollout.returns[rollout.mask], rollout.values[rollout.mask]
+        error = (returns - values).square().mean() / returns.var(correction=0).clamp(min=1e-8)
+        statistics["val/explained_variance"] = 1 - error.item()
+    return statistics
+
+
 def step_statistics(steps: list[dict[str, float]]) -> dict[str, float]:
     """Means over the optimizer steps of an update; `first_` is before the first step, where π is still π_old [D14]."""
     means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
@@ -540,6 +684,8 @@ def bad_signs(history: list[dict[str, float]]) -> Iterator[str]:
         yield "the first ratio of a batch is not 1: old log-probabilities do not come from the same computation [D14]"
     if last["val/eos_rate"] < 0.5:
         yield "fewer than half of the responses end: raise --data.response-tokens or lower --ppo.missing-eos-score"
+    if len(history) == 1 and last.get("val/explained_variance", 0) < -3:
+        yield "the values start far from the returns: PPO will first learn their level, and the policy suffer from it"
     if last["policy/clipfrac"] > 0.5:
         yield "over half of the tokens are clipped: the step is too large, lower --ppo.lr"
     if quarter >= 2 and "objective/labeler" in last:
@@ -556,19 +702,27 @@ def bad_signs(history: list[dict[str, float]]) -> Iterator[str]:
 
 def load_models(run: Run) -> Models:
     """Policy and reference from SFT; the value model from the reward model [D10], under a rule from SFT with w = 0."""
-    place, sft_folder = run.engine.place, run.path("sft")
+    config, place, sft_folder = run.config.ppo, run.engine.place, run.path("sft")
     policy = place(load_policy(sft_folder))  # each at once: sharded models should not wait whole for one another
-    ref_policy = place(load_policy(sft_folder).requires_grad_(False))
     check_room(policy, run.config.data)
-    reward_model = load_scorer(run)
-    if run.config.ppo.value_model == "shared":
-        value_model = ValueHead(policy.get_output_embeddings().weight.shape[1])
-    elif isinstance(reward_model, ScalarModel):
-        value_model = ScalarModel.load(run.path("reward"), train_bias=True)
-    else:
+    if config.ref_model is not None:
+        check_tokenizer(run, config.ref_model)
+    ref_policy = place(load_policy(config.ref_model or sft_folder).requires_grad_(False))
+    reward_model, value_model = load_scorer(run), None
+    if config.baseline == "value-head":
+        value_model = place(ValueHead(policy.get_output_embeddings().weight.shape[1]))
+    elif config.baseline == "value-model" and isinstance(reward_model, ScalarModel):
+        value_model = place(ScalarModel.load(run.path("reward"), train_bias=True))
+        # No loss saw the reward model before EOS: its level there is an accident, which PPO would spend its start on
+        # (value initialization bias, Yuan et al. 2025, arXiv 2503.01491). Over the references it is made 0.
+        examples = read_examples(run, "train", run.codec("sft"))
+        (values,) = map_rows(examples, run.engine, lambda layout: [value_model.values(layout)])
+        value_model.center(values.sum().item() / examples.response_tokens)
+    elif config.baseline == "value-model":
         value_model = ScalarModel.load(sft_folder, train_bias=True, new_head=rng(run.config.seed, "value head"))
         nn.init.zeros_(value_model.classifier.score.weight)
-    return Models(policy, place(value_model), ref_policy, reward_model)
+        value_model = place(value_model)
+    return Models(policy, value_model, ref_policy, reward_model)
 
 
 def load_scorer(run: Run) -> ScalarModel | RewardFunction:
@@ -908,9 +1062,11 @@ def response_logits(policy: PreTrainedModel, layout: Layout) -> tuple[Tensor, Te
 
 
 def logits_and_values(
-    policy: PreTrainedModel, value_model: ScalarModel | ValueHead, layout: Layout
+    policy: PreTrainedModel, value_model: ScalarModel | ValueHead | None, layout: Layout
 ) -> tuple[Tensor, Tensor]:  # (B, T, V), (B, T)
     logits, hidden = response_logits(policy, layout)
+    if value_model is None:
+        return logits, torch.zeros(layout.mask.shape, device=logits.device)
     values = value_model(hidden) if isinstance(value_model, ValueHead) else value_model.values(layout)
     return logits, values
 
@@ -1457,6 +1613,11 @@ def shuffled(seed: int, purpose: str, n: int, start: int, stop: int) -> list[int
     return order[start - first : stop - first].tolist()
 
 
+def pick(seed: int, purpose: str, n: int, episodes: range, G: int = 1) -> list[int]:
+    """Which of n things each episode is about: G neighbours share one."""
+    return [i for i in shuffled(seed, purpose, n, episodes.start // G, episodes.stop // G) for _ in range(G)]
+
+
 def noise(seed: int, purpose: str, episodes: Sequence[int], T: int) -> Tensor:  # (B, T) in [0, 1)
     """The numbers that decide what is sampled, addressed by the episode's global index [D25]."""
     return torch.from_numpy(np.stack([rng(seed, purpose, i).random(T, dtype=np.float32) for i in episodes]))
@@ -1831,7 +1992,8 @@ def small_model(size: Pretrain, tokenizer: PreTrainedTokenizerBase, seed: int) -
 def compare(run: Run) -> None:
     """Comparisons where the user has none: the labeler judges samples of the SFT model."""
     config, seed, K = run.config, run.config.seed, run.config.compare.samples
-    codec, policy = run.codec("sft"), run.engine.place(load_policy(run.path("sft")))
+    writer, codec = config.compare.policy, run.codec("sft")
+    policy = run.engine.place(load_policy(run.path(writer)))
     check_room(policy, config.data)
     labeler = Labeler(read_posts(run, "train"))
     share = run.can_share(read_prompts(run, "valid", codec)[1], K, policy)
@@ -1849,10 +2011,13 @@ def compare(run: Run) -> None:
         for i, post in enumerate(posts):
             ranked = sorted(drafts[i], key=partial(labeler.score, post))
             for k, (worse, better) in enumerate(combinations(ranked, 2)):
-                records += compared_by(labeler, post, ("sft", better), ("sft", worse), flip=(i + k) % 2 == 1)
+                records += compared_by(labeler, post, (writer, better), (writer, worse), flip=(i + k) % 2 == 1)
             stranger = (OTHER_POST, drafts[(i + 1) % len(posts)][0])
-            records += compared_by(labeler, post, ("sft", drafts[i][0]), stranger, flip=i % 2 == 0)
+            records += compared_by(labeler, post, (writer, drafts[i][0]), stranger, flip=i % 2 == 0)
         refuse(not records, f"the labeler saw no difference between any two samples for the {split} posts")
+        if writer == "ppo" and split == "train":  # another round: what was compared before is kept
+            earlier = run.find("data/comparisons_train.jsonl", "a new round of comparisons needs an earlier --from-run")
+            records += read_records(earlier, dict)[0]
         run.write(f"data/comparisons_{split}.jsonl", partial(write_records, records))
         run.say(f"{len(records):,} {split} comparisons from {len(posts):,} posts, ties dropped")
 
@@ -1980,6 +2145,9 @@ class Compare:
     # K, samples per post at the PPO temperature; the labeler ranks them, every pair is a comparison [8, section 3.5],
     # and the first sample is compared with one for another post.
     samples: int = 2
+    # Whose samples: with ppo another round begins [5, section 3.1; 8]: the policy of --from-run is sampled, and its
+    # comparisons are kept beside the new ones.
+    policy: Literal["sft", "ppo"] = "sft"
 
 
 @dataclass(frozen=True)
@@ -2013,18 +2181,30 @@ class PPO:
     kl_in: Literal["reward", "loss"] = "reward"
     gamma: float = 1.0  # Gamma, discount [D17]. Paper: 1.
     lam: float = 0.95  # Lambda of GAE [3; D17]. Paper: 0.95.
+    # What keeps a policy near the one that sampled [1, section 6.1]: the clip; nothing; a price on KL(old to new),
+    # fixed, or adapted to --ppo.target-kl; a bound on it, by a natural-gradient step (TRPO [6]). Paper: clip.
+    objective: Literal["clip", "unclipped", "penalty", "adaptive", "constraint"] = "clip"
+    # KL(old to new) per token that an update may (constraint: delta [6]) or should (adaptive: d_targ [1]) reach.
+    target_kl: float = 0.01
+    penalty_coef: float = 1.0  # Price of that KL, beta of [1, eq. 8]; adaptive starts with it.
     cliprange: float = 0.2  # Epsilon of the clipped objective [1, eq. 7; D18]. Paper: 0.2.
     cliprange_value: float = 0.2  # Clip of the value around its rollout value [D18]. Paper: 0.2.
     # Weight of the value loss [1, eq. 9; D18]. A value model of its own has its own learning rate, and AdamW does not
     # see the scale of a loss: there it acts through the common gradient norm alone. Paper: 0.1.
     vf_coef: float = 0.1
-    # A model of its own that starts as the reward model [D10], or a head on the policy's trunk. Paper: separate.
-    value_model: Literal["separate", "shared"] = "separate"
+    # What was to be expected, subtracted from the reward-to-go [3, section 2]. Learned: by a value model that starts as
+    # the reward model [D10], or a head on the policy's trunk. Not learned: the mean return of the other responses to
+    # the query (RLOO [9]; GRPO without its division by the deviation) or of the batch; nothing. Paper: value-model.
+    baseline: Literal["value-model", "value-head", "group", "batch", "none"] = "value-model"
     whiten_rewards: bool = False  # Scale the rewards to variance 1, mean unshifted [D16]. Paper: no.
     whiten_advantages: bool = True  # Advantages to mean 0, variance 1 over the batch [D16]. Paper: yes.
     missing_eos_score: float = -3.0  # Score of a response that does not end, in place of the model's [D12]. Paper: -1.
-    # Losses are means over all tokens, or over responses of their token means. Paper: token.
-    average: Literal["token", "sequence"] = "token"
+    # Losses are means over all tokens, or over responses of their token means, or sums over a constant, the number of
+    # tokens there is room for, so that a token weighs the same in every batch (Dr. GRPO). Paper: token.
+    average: Literal["token", "sequence", "constant"] = "token"
+    # Price of the loss of demonstrations, those of SFT, one for each response (PPO-ptx, gamma of [8, eq. 2]). Paper: 0.
+    ptx_coef: float = 0.0
+    ref_model: str | None = None  # The reference of the KL, where it is not the SFT model.
     # A rule in place of the reward model (RLVR [7]): module:function(post, response, record) -> float, where record is
     # the post's record in the data file. No comparisons, no reward model; the value model starts at 0.
     reward_function: str | None = None
@@ -2041,8 +2221,22 @@ class PPO:
         return self.batch_size // self.num_minibatches
 
     @property
+    def policy_lr(self) -> float:
+        return 0.0 if self.objective == "constraint" else self.lr  # which moves the policy without an optimizer
+
+    @property
+    def learns_values(self) -> bool:
+        return self.baseline in ("value-model", "value-head")
+
+    @property
     def kl_kind(self) -> Literal["k1", "k2", "k3"]:
         return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k2")
+
+    def after(self, update: list[dict[str, float]]) -> PPO:
+        """With the price of KL(old to new) that the last update, if there was one, asks for [1, eq. 8]."""
+        return (
+            replace(self, penalty_coef=update[0].get("policy/next_penalty_coef", self.penalty_coef)) if update else self
+        )
 
 
 @dataclass(frozen=True)
@@ -2109,6 +2303,9 @@ class Config:
     # Reward model (AutoModelForSequenceClassification, one label), instead of this run's or --from-run's.
     reward_model: str | None = None
     ppo_model: str | None = None  # Policy to evaluate, instead of this run's or --from-run's.
+    # A flag without its dashes, and values: the run is repeated with each, in folders FOLDER-VALUE, and a table
+    # compares what came of it. For instance: --sweep ppo.objective clip unclipped penalty adaptive constraint.
+    sweep: tuple[str, ...] = ()
     seed: int = 1  # Seed of everything random but the corpus's split: shuffles, samples, new weights [D25].
     track: bool = False  # Write TensorBoard curves too (needs pip install pmo[track]).
     data: Data = Data()
@@ -2145,8 +2342,13 @@ class Config:
         episodes = f"--ppo.total-episodes {ppo.total_episodes} is"
         small = f"{episodes} less than one batch, --ppo.batch-size {ppo.batch_size}"
         refuse(ppo.total_episodes < ppo.batch_size, small)
+        refuse(ppo.baseline == "group" and G == 1, "--ppo.baseline group needs --ppo.responses-per-query 2 or more")
+        plain = ppo.baseline == "value-model" and ppo.kl_in == "reward" and not ppo.ptx_coef and not self.compute.shard
+        needs = "--ppo.baseline value-model, --ppo.kl-in reward, no --ppo.ptx-coef and no --compute.shard"
+        refuse(ppo.objective == "constraint" and not plain, f"--ppo.objective constraint needs {needs}")
         both = ppo.reward_function is not None and self.reward_model is not None
         refuse(both, "--ppo.reward-function stands in for the reward model, but --reward-model is given too")
+        refuse(len(self.sweep) == 1, f"--sweep {' '.join(self.sweep)}: a flag needs values")
         self.check_stages()
 
     def check_stages(self) -> None:
@@ -2181,7 +2383,7 @@ def flags_of(section: dict, prefix: str = "--") -> dict[str, object]:
 
 
 MAY_BE_0 = {"seed", "beta2", "max-grad-norm", "prompt-weight", "pretraining-pairs", "checkpoint-minutes"}
-MAY_BE_0 |= {"kl-coef", "vf-coef", "gamma", "lam"}
+MAY_BE_0 |= {"kl-coef", "vf-coef", "gamma", "lam", "penalty-coef", "ptx-coef"}
 AT_LEAST_2 = ("--data.query-tokens", "--data.response-tokens", "--data.comparison-tokens")
 AT_LEAST_2 += ("--compare.posts", "--compare.samples")
 AT_MOST_1 = ("--ppo.gamma", "--ppo.lam", "--optimizer.beta2")
@@ -2341,6 +2543,8 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config, self.engine = config, Engine.start(config.compute)
         check_places(config)
+        rounded = config.ppo.objective == "constraint" and self.engine.bfloat16
+        refuse(rounded, "--ppo.objective constraint needs --compute.precision float32: it takes differences")
         self.stage, self.step = "", 0
         self.started = self.entered = self.saved = time.monotonic()
         self.seconds: dict[str, float] = {}
@@ -2702,13 +2906,41 @@ def start(config: Config) -> Path:
     return run.folder
 
 
+def sweep(config: Config) -> None:
+    """The same run with each value of one flag, side by side [as 1, §6]."""
+    flag, *values = config.sweep
+    given = [tyro.cli(Config, args=[f"--{flag}", value], default=replace(config, sweep=())) for value in values]
+    base = config.folder or Path("runs") / flag
+    rows = []
+    for value, changed in zip(values, given):
+        folder = start(replace(changed, folder=base.with_name(f"{base.name}-{value}")))
+        rows.append({flag: value} | outcome(folder))
+    print(table([[*rows[0]], *([*row.values()] for row in rows)]))
+
+
+def outcome(folder: Path) -> dict[str, str]:
+    """A run in a line. Of its scores [1]'s two: the mean over all updates, for fast learning, and over the last few."""
+    cells = {}
+    with open(folder / "metrics.jsonl", encoding="utf-8") as lines:
+        updates = [update for update in map(json.loads, lines) if update["stage"] == "ppo"]
+    for title, name, share in (("score", "scores", 1.0), ("at the end", "scores", 0.1), ("kl", "kl", 0.1)):
+        part = updates[-math.ceil(share * len(updates)) :]
+        cells[title] = f"{sum(update[f'objective/{name}'] for update in part) / max(1, len(part)):.2f}"
+    if (folder / "eval.json").exists():
+        record = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+        for pair, figures in [*record["comparisons"].items()][:2]:
+            for name, (mean, low, high) in figures.items():
+                cells[f"{name} {pair.split()[1]}"] = f"{mean:.3f} ± {(high - low) / 2:.3f}"
+    return cells
+
+
 def main() -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character should not end a run
     try:
         config = tyro.cli(Config)
         if config.resume:  # the flags it was started with, then those given now, which override them
             config = tyro.cli(Config, args=[*arguments_of(config.resume), *sys.argv[1:]])
-        start(config)
+        (sweep if config.sweep else start)(config)
     except (InputError, OSError) as error:  # OSError: a disk that is full or read-only
         print(f"pmo: {error}", file=sys.stderr)
         sys.exit(2)
