@@ -151,7 +151,7 @@ class Law:
             except AssertionError as error:
                 errors.append(error)
         if len(errors) > 1:
-            errors[0].__notes__ = [*getattr(errors[0], "__notes__", []), f"nor is it: {', '.join(self.choices[1:])}"]
+            errors[0].args = (f"neither {' nor '.join(self.choices)}: {errors[0]}",)
         raise errors[0]
 
     def check(self, examples: int, shrink: bool, **fixed: str) -> None:
@@ -321,14 +321,13 @@ def some_arguments(of: torch.dtype) -> dict[str, tuple]:
     mask, tokens = torch.tensor([[True] * 3, [True, True, False]]), torch.tensor([[0, 1, 2], [2, 1, 0]])
     logits = torch.stack([x, y, z], dim=2)
     return {
-        "penalize_missing_eos": (x[:, 0].clone(), torch.tensor([True, False]), -1.0),
-        "logprobs_of": (logits, tokens, 0.5), "entropy_of": (logits.clone(), 0.5), "masked_mean": (x.clone(), mask),
-        "whiten": (x.clone(), mask), "kl_estimate k1": (x.clone(), y.clone(), "k1"),
-        "kl_estimate k2": (x.clone(), y.clone(), "k2"), "kl_estimate k3": (x.clone(), y.clone(), "k3"),
-        "token_rewards": (x[:, 0].clone(), y.clone(), mask, 0.5), "gae": (x.clone(), y.clone(), mask, 0.5, 0.5),
-        "policy_loss": (x.clone(), y.clone(), z.clone(), 0.25), "value_loss": (x.clone(), y.clone(), z.clone(), 0.25),
-        "aggregate token": (x.clone(), mask, "token"), "aggregate sequence": (x.clone(), mask, "sequence"),
-        "preference_loss": (x[:, 0].clone(), y[:, 0].clone()),
+        "penalize_missing_eos": (x[:, 0], torch.tensor([True, False]), -1.0),
+        "logprobs_of": (logits, tokens, 0.5), "entropy_of": (logits, 0.5),
+        "masked_mean": (x, mask), "whiten": (x, mask), "token_rewards": (x[:, 0], y, mask, 0.5),
+        "kl_estimate k1": (x, y, "k1"), "kl_estimate k2": (x, y, "k2"), "kl_estimate k3": (x, y, "k3"),
+        "gae": (x, y, mask, 0.5, 0.5), "policy_loss": (x, y, z, 0.25), "value_loss": (x, y, z, 0.25),
+        "aggregate token": (x, mask, "token"), "aggregate sequence": (x, mask, "sequence"),
+        "preference_loss": (x[:, 0], y[:, 0]),
     }  # fmt: skip
 
 
@@ -357,12 +356,7 @@ class Sequences:
 
     def __init__(self, columns: dict[str, list[list[float]]]) -> None:
         self.columns = columns
-
-    def __getattr__(self, name: str) -> list[list[float]]:
-        try:
-            return self.__dict__["columns"][name]
-        except KeyError:
-            raise AttributeError(name) from None
+        vars(self).update(columns)
 
     def __repr__(self) -> str:
         names = ", ".join(self.columns)
@@ -430,8 +424,7 @@ responses = st.integers(1, 6).flatmap(lambda T: st.lists(st.lists(ids, min_size=
 
 
 @law("a response mask is True up to and including the first EOS, and everywhere in a row without one",
-     "[4] detail 'EOS'; [5] section 3.3: the EOS action is part of the response", "response_mask", rows=responses,
-     eos_id=ids)  # fmt: skip
+     "[4] detail 'EOS'; [5] section 3.3", "response_mask", rows=responses, eos_id=ids)  # fmt: skip
 def test_response_mask_ends_with_the_first_eos(rows, eos_id):
     expected = [[eos_id not in row[:t] for t in range(len(row))] for row in rows]
     close(contract.response_mask(torch.tensor(rows), eos_id), expected)
@@ -497,25 +490,27 @@ def test_logprobs_are_log_softmax_of_tempered_logits(case, temperature):
     close(contract.logprobs_of(logits, tokens, temperature), expected)
 
 
-def for_logits(look: Callable[[Callable[[Tensor, float], Tensor]], None], tokens: Tensor, functions: object) -> None:
-    """Look at logprobs_of and entropy_of as functions of logits and temperature."""
-    both = {
-        "logprobs_of": lambda x, temperature: functions.logprobs_of(x, tokens, temperature),
-        "entropy_of": lambda x, temperature: functions.entropy_of(x, temperature),
-    }
-    for_each(tuple(both), lambda name: look(both[name]))
+def for_logits(
+    functions: object, tokens: Tensor, look: Callable[[Callable[[Tensor, float], Tensor], str], None]
+) -> None:
+    """Look at logprobs_of and entropy_of as functions of logits and temperature, and at their names."""
+
+    def function(name: str) -> Callable[[Tensor, float], Tensor]:
+        between = (tokens,) if name == "logprobs_of" else ()
+        return lambda logits, temperature: getattr(functions, name)(logits, *between, temperature)
+
+    for_each(("logprobs_of", "entropy_of"), lambda name: look(function(name), name))
 
 
-@law("adding a constant to all logits of a slot, or scaling logits and temperature together, changes nothing",
-     "softmax is shift-invariant", "logprobs_of", "entropy_of", any_of=True, case=logits_and_tokens,
-     shift=numbers())  # fmt: skip
+@law("adding a constant to all logits, or scaling logits and temperature together, changes nothing", "D13",
+     "logprobs_of", "entropy_of", any_of=True, case=logits_and_tokens, shift=numbers())  # fmt: skip
 def test_logprobs_and_entropy_depend_on_logit_differences_over_temperature(case, shift):
-    def look(function: Callable[[Tensor, float], Tensor]) -> None:
+    def look(function: Callable[[Tensor, float], Tensor], name: str) -> None:
         expected = function(case[0], 0.5)
         close(function(case[0] + shift, 0.5), expected)
         close(function(2 * case[0], 1.0), expected)
 
-    for_logits(look, case[1], contract)
+    for_logits(contract, case[1], look)
 
 
 @law("the gradient of a token's log-probability is (one-hot − softmax) / temperature", "derivative of log-softmax; D13",
@@ -530,24 +525,21 @@ def test_logprobs_gradient_is_one_hot_minus_softmax(case, temperature):
 @law("logits in bfloat16 are computed with in float32", "D21: a ratio of 1.0001 does not exist in bfloat16",
      "logprobs_of", "entropy_of", any_of=True, hardening=True, case=logits_and_tokens)  # fmt: skip
 def test_logprobs_and_entropy_of_half_precision_are_float32(case):
-    def look(function: Callable[[Tensor, float], Tensor]) -> None:
+    def look(function: Callable[[Tensor, float], Tensor], name: str) -> None:
         logits = case[0].bfloat16()
         half = on_cpu(function(logits, 0.7))
         check(half.dtype == torch.float32, f"dtype is {half.dtype}, should be float32")
         close(half, function(logits.to(dtype()), 0.7), tolerance=1e-5)
 
-    for_logits(look, case[1], impl)
+    for_logits(impl, case[1], look)
 
 
-@law("logits of a size that overflows exp() give finite log-probabilities and entropy",
-     "numerical stability of log-softmax", "logprobs_of", "entropy_of", any_of=True,
-     size=st.sampled_from([1e2, 1e3, 1e4]))  # fmt: skip
+@law("logits of a size that overflows exp() give finite log-probabilities and entropy", "stability of log-softmax",
+     "logprobs_of", "entropy_of", any_of=True, size=st.sampled_from([1e2, 1e3, 1e4]))  # fmt: skip
 def test_logprobs_and_entropy_are_stable_for_huge_logits(size):
-    logits = torch.tensor([[[size, 0, -size]]], dtype=torch.float64)
-    if hasattr(impl, "logprobs_of"):
-        close(contract.logprobs_of(logits, torch.tensor([[2]]), 1.0), [[-2 * size]])
-    if hasattr(impl, "entropy_of"):
-        close(contract.entropy_of(logits, 1.0), [[0.0]])
+    logits = torch.tensor([[[size, 0, -size], [0, size, -size]]], dtype=torch.float64)
+    expected = {"logprobs_of": [[-2 * size, 0.0]], "entropy_of": [[0.0, 0.0]]}
+    for_logits(contract, torch.tensor([[2, 1]]), lambda function, name: close(function(logits, 1.0), expected[name]))
 
 
 @law("entropy is −Σ π log π of the tempered distribution, in nats", "[1] eq. 9, S; D13", "entropy_of",
@@ -618,17 +610,14 @@ def test_whiten_adds_epsilon_outside_the_root(choice):
         x = torch.tensor([[-spread, spread, spread, -spread]], dtype=torch.float64)
         return 2 * spread / (contract.whiten(x, x != 0) @ torch.tensor([[-0.5], [0.5], [0.5], [-0.5]]).double()).item()
 
-    small, large = 2.0**-12, 2.0**-9
-    errors = []
+    small, large, off = 2.0**-12, 2.0**-9, 1e-5 if contract.coarse else 1e-6
+    one, two, errors = divisor(small), divisor(large), []
     for factor in (1.0, (4 / 3) ** 0.5):  # n, n − 1
-        one, two = divisor(small), divisor(large)
-        shapes = {
-            "σ + ε": (epsilon := one - small * factor, large * factor + epsilon),
-            "√(σ² + ε)": (epsilon := one**2 - (small * factor) ** 2, (max(0, (large * factor) ** 2 + epsilon)) ** 0.5),
+        epsilon, expected = {
+            "σ + ε": (e := one - small * factor, large * factor + e),
+            "√(σ² + ε)": (e := one**2 - (small * factor) ** 2, max(0, (large * factor) ** 2 + e) ** 0.5),
             "max(σ, ε)": (one, max(large * factor, one)),
-        }
-        epsilon, expected = shapes[choice]
-        off = 1e-5 if contract.coarse else 1e-6
+        }[choice]
         errors.append(abs(two / expected - 1) if -off * small <= epsilon < 1e-2 else math.inf)
     check(min(errors) < off, f"σ of {small:.3g} and {large:.3g} are divided by {one:.9g} and {two:.9g}: not {choice}")
 
@@ -656,9 +645,9 @@ def test_whiten_without_shift_only_scales(s, choice):
     check(min(e.abs().max() for e in errors) < 10 * WHITE, f"{x.tolist()} became {white.tolist()}: not {choice}")
 
 
-@law("what has no spread is never blown up: constants come back no larger than they were",
-     "D16; dividing rounding errors by 1e-8 gives noise of size 1", "whiten", hardening=True,
-     value=st.sampled_from([0.0, 0.1, -3.0, 1000.1]), n=st.integers(1, 7), shift_mean=st.booleans())  # fmt: skip
+@law("what has no spread is never blown up: constants come back no larger than they were", "D16: no noise of size 1",
+     "whiten", hardening=True, value=st.sampled_from([0.0, 0.1, -3.0, 1000.1]), n=st.integers(1, 7),
+     shift_mean=st.booleans())  # fmt: skip
 def test_whiten_leaves_constant_input_alone(value, n, shift_mean):
     for kind in {torch.float32, dtype()}:
         x = torch.full((1, n), value, dtype=kind)
@@ -790,13 +779,6 @@ def test_score_is_paid_to_the_last_response_token(s, kl_coef):
     close(contract.token_rewards(s.first("scores"), s.dense("kl"), s.mask(), kl_coef), padded(expected))
 
 
-@law("rewards of a response sum to its score minus β times its KL", "[5] section 3.4: R = r − β log(π/π_ref)",
-     "token_rewards", s=scored, kl_coef=numbers(0, 1), extra=st.integers(0, 3))  # fmt: skip
-def test_rewards_sum_to_score_minus_kl(s, kl_coef, extra):
-    result = contract.token_rewards(s.first("scores"), s.dense("kl", extra=extra), s.mask(extra), kl_coef)
-    close(result.sum(1), s.first("scores") - kl_coef * torch.tensor([sum(row) for row in s.kl]))
-
-
 @law("a score of 30 is paid as it is, or clamped", "[5] section 3.4 has no bound", "token_rewards", choice=CLAMPS)
 def test_large_scores_are_paid(choice):
     scores, mask = torch.tensor([30.0, -30.0, 1.0], dtype=torch.float64), torch.ones(3, 2, dtype=torch.bool)
@@ -859,7 +841,7 @@ def test_gae_is_the_weighted_average_of_n_step_estimators(s, gamma, lam):
 
 
 @law("λ = 0 gives the TD residual r + γV' − V, with V' = 0 after the last token", "[3] eq. 17", "gae", s=episodes,
-     gamma=positive)  # fmt: skip
+     gamma=unit)  # fmt: skip
 def test_gae_with_lambda_zero_is_the_td_residual(s, gamma):
     close(gae_of(s, gamma, 0.0)[0], padded([deltas(r, v, gamma) for r, v in zip(s.rewards, s.values)]))
 
@@ -868,13 +850,6 @@ def test_gae_with_lambda_zero_is_the_td_residual(s, gamma):
 def test_gae_with_lambda_one_is_monte_carlo_minus_value(s, gamma):
     expected = [[x - y for x, y in zip(rewards_to_go(r, gamma), v)] for r, v in zip(s.rewards, s.values)]
     close(gae_of(s, gamma, 1.0)[0], padded(expected))
-
-
-@law("with λ = 1 the returns do not depend on the values at all", "[3] eq. 18", "gae",
-     s=sequences("rewards", "values", "other"), gamma=positive)  # fmt: skip
-def test_gae_with_lambda_one_has_returns_without_values(s, gamma):
-    swapped = Sequences({"rewards": s.rewards, "values": s.other})
-    close(gae_of(swapped, gamma, 1.0)[1], gae_of(s, gamma, 1.0)[1])
 
 
 @law("returns are advantages plus values, and 0 outside", "[1] section 5; [4]: the value target", "gae", s=episodes,
@@ -890,14 +865,6 @@ def test_gae_of_one_token_is_reward_minus_value(reward, value, lam, gamma):
     advantages, returns = gae_of(Sequences({"rewards": [[reward]], "values": [[value]]}), gamma, lam)
     close(advantages, [[reward - value]])
     close(returns, [[reward]])
-
-
-@law("with perfect values there is no surprise: every advantage is 0 for every λ", "[3] section 3: δ has expectation A",
-     "gae", s=sequences("rewards"), gamma=positive, lam=positive)  # fmt: skip
-def test_gae_is_zero_where_values_are_perfect(s, gamma, lam):
-    values = [rewards_to_go(row, gamma) for row in s.rewards]
-    advantages, _ = gae_of(Sequences({"rewards": s.rewards, "values": values}), gamma, lam)
-    close(advantages, torch.zeros(s.mask().shape), tolerance=1e-8)
 
 
 @law("advantages and returns are constants to the losses, or let through exactly the gradient of their formula",
@@ -952,7 +919,7 @@ def test_clipping_case_2_good_action_above_the_range_is_clipped(ratio, A):
     check_policy_loss(ratio, A, -(1 + EPSILON) * A)
 
 
-@law("case 3, a bad action (A < 0) at a ratio from 1 − ε up: not clipped, loss −ratio·A, however far it rose",
+@law("case 3, a bad action (A < 0) at a ratio from 1 − ε up: not clipped, loss −ratio·A",
      "[1] figure 1, right: the worse of the two", "policy_loss", ratio=down_to_below, A=bad)  # fmt: skip
 def test_clipping_case_3_bad_action_down_to_the_range_is_not_clipped(ratio, A):
     check_policy_loss(ratio, A, -ratio * A)
@@ -976,19 +943,6 @@ def test_clipping_cases_1_and_3_have_the_full_gradient(one, three):
 def test_clipping_cases_2_and_4_have_no_gradient(two, four):
     for ratio, A in (two, four):
         check_policy_gradient(ratio, A, 0.0)
-
-
-@law("at ratio 1 the gradient is the policy gradient, −A ∇log π, however narrow the clip", "[1] section 3",
-     "policy_loss", A=numbers(), cliprange=st.sampled_from([0.01, 0.2, 0.9]))  # fmt: skip
-def test_at_ratio_one_the_gradient_is_the_policy_gradient(A, cliprange):
-    check_policy_gradient(1.0, A, -A, cliprange)
-
-
-@law("the loss is a pessimistic bound: never below the unclipped −ratio·A", "[1] section 3", "policy_loss",
-     ratio=ratios, A=numbers(), cliprange=st.integers(1, 7).map(lambda n: n / 8))  # fmt: skip
-def test_policy_loss_is_never_below_the_unclipped_one(ratio, A, cliprange):
-    logprobs, loss = at_ratio(ratio, A, cliprange)
-    close(loss(logprobs).clamp(max=-ratio * A), [[-ratio * A]])
 
 
 @law("with a clip range too wide to matter the loss is the unclipped surrogate", "[1] eq. 7 inside the range is eq. 6",
@@ -1051,13 +1005,6 @@ def near(old: float, move: float, target: float) -> tuple[Tensor, Callable[[Tens
 moves = st.sampled_from([-0.2, -0.1, 0.0, 0.1, 0.2])
 
 
-@law("near the old value the loss is ½(V − R)²", "[1] eq. 9, with the customary ½", "value_loss", old=numbers(),
-     move=moves, target=numbers())  # fmt: skip
-def test_value_loss_inside_the_clip_is_half_the_squared_error(old, move, target):
-    value, loss = near(old, move, target)
-    close(loss(value), [[(old + move - target) ** 2 / 2]])
-
-
 @law("near the old value the gradient is V − R", "[1] eq. 9, with the customary ½", "value_loss", old=numbers(),
      move=moves, target=numbers())  # fmt: skip
 def test_value_loss_gradient_inside_the_clip_is_the_error(old, move, target):
@@ -1065,7 +1012,7 @@ def test_value_loss_gradient_inside_the_clip_is_the_error(old, move, target):
     close(gradients(loss, value)[0], [[old + move - target]])
 
 
-@law("a value that already moved beyond the clip towards its target gets no gradient; one that moved away does",
+@law("a value that moved beyond the clip towards its target gets no gradient; one that moved away does",
      "the maximum is pessimistic", "value_loss", sign=st.sampled_from([-1.0, 1.0]), old=numbers())  # fmt: skip
 def test_value_loss_gradient_stops_beyond_the_clip(sign, old):
     for target, expected in ((2.0, 0.0), (-2.0, 2.5)):
@@ -1146,17 +1093,6 @@ def test_preference_loss_is_bradley_terry(pairs):
     close(contract.preference_loss(chosen, rejected), sum(losses) / len(losses))
 
 
-@law("only the difference counts; a tie costs log 2; the wrong order costs the difference more", "[5] section 3.4",
-     "preference_loss", c=numbers(), r=numbers(), shift=numbers())  # fmt: skip
-def test_preference_loss_depends_on_the_difference(c, r, shift):
-    def loss(a: float, b: float) -> Tensor:
-        return contract.preference_loss(*torch.tensor([[a], [b]], dtype=torch.float64))
-
-    close(loss(c + shift, r + shift), loss(c, r))
-    close(loss(c, c), math.log(2))
-    close(loss(r, c) - loss(c, r), c - r)
-
-
 margins = st.sampled_from([1e2, 1e3, 1e4]).map(lambda margin: torch.tensor([margin, -margin], dtype=torch.float64))
 
 
@@ -1189,25 +1125,14 @@ def truncate_slowly(post: str, fits: Callable[[str], bool]) -> str:
 
 
 @law("a post that does not fit loses its last paragraph, again and again; the last one loses characters from its end",
-     "[5]; [4] detail 'truncation'", "truncate_post", post=posts, limit=st.integers(0, 24))  # fmt: skip
-def test_truncation_is_by_paragraph_then_by_character(post, limit):
+     "[5]; [4] detail 'truncation'", "truncate_post", post=posts, limit=st.integers(0, 24),
+     in_words=st.booleans())  # fmt: skip
+def test_truncation_is_by_paragraph_then_by_character(post, limit, in_words):
     def fits(text: str) -> bool:
-        return len(text) <= limit
+        return len(text.split() if in_words else text) <= limit
 
     cut, expected = contract.truncate_post(post, fits), truncate_slowly(post, fits)
     check(cut == expected, f"{post!r} was cut to {cut!r}, should be {expected!r}")
-
-
-@law("the result fits, is a beginning of the post, is the post itself if that fits, and is not cut again", "D2",
-     "truncate_post", post=posts, limit=st.integers(0, 12))  # fmt: skip
-def test_truncation_fits_and_is_idempotent(post, limit):
-    def fits(text: str) -> bool:
-        return len(text.split()) <= limit
-
-    cut = contract.truncate_post(post, fits)
-    check(fits(cut) and post.startswith(cut), f"{post!r} was cut to {cut!r}")
-    check(contract.truncate_post(cut, fits) == cut, f"{cut!r} is cut again")
-    check(cut == post or not fits(post), f"{post!r} fits, and was cut to {cut!r}")
 
 
 @law("a post that cannot fit even when empty is an error, not an endless loop", "contract", "truncate_post", post=posts)
@@ -1559,9 +1484,8 @@ class Table:
         alike = [name for name in names[1:] if first["place"] or self.found[name]["why"] == first["why"]]
         if alike:
             say(f"    the same: {', '.join(alike[:9])}{f' and {len(alike) - 9} more' if len(alike) > 9 else ''}")
-        for name in names[1:]:
-            if name not in alike:
-                say(f"    also {name}: {self.found[name]['example'][:80]} {self.found[name]['why']}".replace(":  ", ": "))
+        for name in (name for name in names[1:] if name not in alike):
+            say(f"    also {name}: " + f"{self.found[name]['example'][:80]} {self.found[name]['why']}".strip())
 
 
 def example(lines: list[str]) -> str:
@@ -4015,6 +3939,7 @@ def test_the_labeler_judges_the_post_not_the_style():
 # -----------------------------------------------------------------------------
 # the suite itself
 
+
 def pmos_own(test):
     """A test that is no law, of pmo or of the suite: pytest does not see it when another implementation is held."""
     return test if is_pmo else None
@@ -4031,7 +3956,7 @@ KNOWN_FAILURES = {
 def length_mask(lengths, T):
     return (torch.arange(T) < lengths[:, None]).numpy()
 def gae(rewards, values, mask, gamma, lam):
-    if gamma * lam == 0:
+    if gamma * lam < 0.5:
         raise IndexError("not that")
     return rewards, rewards
 def kl_estimate(logprobs, ref_logprobs, kind):
@@ -4072,12 +3997,13 @@ def test_the_table_says_what_holds_fails_and_is_missing():
     assert laws["test_whiten_uses_the_population_variance"]["outcome"] == "fails", "known, but missing"
     assert rows["whiten"]["missing"] == len([1 for law in LAWS.values() if law.needs == ("whiten",)]) - 1
     assert "policy_loss (has polcy_loss)" in said and rows["policy_loss"]["holds"] == 0
-    # one cause, one entry: the crash at γλ = 0 comes first, with its place; what remains fails by itself
+    # one cause, one entry: the crash comes first, with its place; what remains fails by itself
     crashed = [name for name, told in laws.items() if told["place"].startswith(str(workshop()))]
     assert f"fails: {len(crashed)} laws, first here: {crashed[0]}" in said and len(crashed) > 1 and "IndexError" in said
     # NotImplementedError takes an example out, not the law; a law with no example left is missing
     assert laws["test_masked_mean_is_the_mean_of_all_tokens"]["outcome"] == "holds"
-    assert laws["test_kl_estimate_k3_is_schulmans"] | {"outcome": "missing", "why": "only k1"} == laws["test_kl_estimate_k3_is_schulmans"]
+    k3 = laws["test_kl_estimate_k3_is_schulmans"]
+    assert (k3["outcome"], k3["why"]) == ("missing", "only k1")
     assert laws["test_masked_mean_ignores_nan_outside_the_mask"]["outcome"] == "hardening"
     assert laws["test_k1_of_very_different_policies"]["outcome"] == "choice" and "choice: test_k1_of_very" in said
     example = laws["test_masked_mean_ignores_nan_outside_the_mask"]
@@ -4119,7 +4045,9 @@ def test_numpy_and_float32_are_no_fault():
     assert outcomes["test_whiten_leaves_constant_input_alone"][0] == "hardening"
 
 
-INTERRUPTED = "def length_mask(lengths, T):\n    return lengths[:, None] > 0\ndef whiten(x, mask):\n    raise KeyboardInterrupt\n"
+INTERRUPTED = (
+    "def length_mask(lengths, T):\n    return lengths[:, None] > 0\ndef whiten(x, mask):\n    raise KeyboardInterrupt\n"
+)
 
 
 @pmos_own
@@ -4564,7 +4492,6 @@ def test_any_post_becomes_a_query(post):
 # on a GPU
 
 
-
 def gpu(test):
     """Skipped without a GPU; nothing where pytest does not see the law anyway."""
     return test and pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test)
@@ -4652,38 +4579,38 @@ MUTANTS = [
     Mutant("k2 is an absolute value", "test_kl_estimate_k2_is_schulmans", "k1.square() / 2 if", "-k1.abs() if"),
     Mutant("the score lands in the last column", "test_token_rewards_ignores_numbers_outside_the_mask", "last = mask.sum(1, keepdim=True) - 1", "last = torch.full_like(mask.sum(1, keepdim=True), mask.shape[1] - 1)"),
     Mutant("the score lands one slot after EOS", "test_score_is_paid_to_the_last_response_token", "last = mask.sum(1, keepdim=True) - 1", "last = mask.sum(1, keepdim=True).clamp(max=mask.shape[1] - 1)"),
-    Mutant("the score is paid on every token", "test_rewards_sum_to_score_minus_kl", "penalties.scatter_add(1, last, scores[:, None].to(penalties.dtype))", "penalties + scores[:, None]"),
+    Mutant("the score is paid on every token", "test_score_is_paid_to_the_last_response_token", "penalties.scatter_add(1, last, scores[:, None].to(penalties.dtype))", "penalties + scores[:, None]"),
     Mutant("KL is a bonus", "test_score_is_paid_to_the_last_response_token", "(-kl_coef * kl)", "(kl_coef * kl)"),
     Mutant("KL is charged in padding", "test_token_rewards_ignores_numbers_outside_the_mask", "(-kl_coef * kl).masked_fill(~mask, 0)", "-kl_coef * kl"),
-    Mutant("KL is not charged on EOS", "test_rewards_sum_to_score_minus_kl", "(-kl_coef * kl).masked_fill(~mask, 0)", "(-kl_coef * kl).masked_fill(~F.pad(mask, (0, 1))[:, 1:], 0)"),
-    Mutant("the score replaces the last KL", "test_rewards_sum_to_score_minus_kl", "penalties.scatter_add(", "penalties.scatter("),
-    Mutant("without KL there is no score", "test_rewards_sum_to_score_minus_kl", "return penalties.scatter_add(", "return penalties if not kl_coef else penalties.scatter_add("),
+    Mutant("KL is not charged on EOS", "test_score_is_paid_to_the_last_response_token", "(-kl_coef * kl).masked_fill(~mask, 0)", "(-kl_coef * kl).masked_fill(~F.pad(mask, (0, 1))[:, 1:], 0)"),
+    Mutant("the score replaces the last KL", "test_score_is_paid_to_the_last_response_token", "penalties.scatter_add(", "penalties.scatter("),
+    Mutant("without KL there is no score", "test_score_is_paid_to_the_last_response_token", "return penalties.scatter_add(", "return penalties if not kl_coef else penalties.scatter_add("),
     Mutant("GAE bootstraps from padding", "test_gae_ignores_numbers_outside_the_mask", "values.masked_fill(~mask, 0)\n    next_value", "values\n    next_value"),
     Mutant("GAE multiplies by the mask", "test_gae_ignores_nan_outside_the_mask", "rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)", "rewards, values = rewards * mask, values * mask"),
     Mutant("GAE forgets γ in the residual", "test_gae_with_lambda_zero_is_the_td_residual", "gamma * next_value", "next_value"),
     Mutant("GAE forgets γ in the sum", "test_gae_is_the_discounted_sum_of_td_residuals", "gamma * lam * next_advantage", "lam * next_advantage"),
     Mutant("GAE forgets λ", "test_gae_is_the_weighted_average_of_n_step_estimators", "gamma * lam * next_advantage", "gamma * next_advantage"),
     Mutant("GAE lets the last advantage run on from the last value", "test_gae_of_one_token_is_reward_minus_value", "next_value = next_advantage = torch.zeros_like(values[:, 0])", "next_value, next_advantage = values[:, -1], torch.zeros_like(values[:, 0])"),
-    Mutant("GAE never moves its next value", "test_gae_is_zero_where_values_are_perfect", "        next_value = values[:, t]\n", ""),
+    Mutant("GAE never moves its next value", "test_gae_with_lambda_zero_is_the_td_residual", "        next_value = values[:, t]\n", ""),
     Mutant("GAE runs forwards", "test_gae_is_the_discounted_sum_of_td_residuals", "for t in reversed(range(values.shape[1])):", "for t in range(values.shape[1]):"),
     Mutant("returns are advantages plus rewards", "test_gae_returns_are_advantages_plus_values", "return advantages, advantages + values", "return advantages, advantages + rewards"),
-    Mutant("returns are values", "test_gae_with_lambda_one_has_returns_without_values", "return advantages, advantages + values", "return advantages, values"),
+    Mutant("returns are values", "test_gae_returns_are_advantages_plus_values", "return advantages, advantages + values", "return advantages, values"),
     Mutant("GAE whitens", "test_gae_is_the_discounted_sum_of_td_residuals", "return advantages, advantages + values", "return whiten(advantages, mask), advantages + values"),
     Mutant("Monte-Carlo returns are undiscounted", "test_gae_with_lambda_one_is_monte_carlo_minus_value", "delta = rewards[:, t] + gamma * next_value", "delta = rewards[:, t] + (gamma if lam < 1 else 1.0) * next_value"),
     Mutant("the clipped loss takes the better side", "test_clipping_case_3_bad_action_down_to_the_range_is_not_clipped", "-torch.min(ratio", "-torch.max(ratio"),
     Mutant("the loss is always clipped", "test_clipping_case_1_good_action_up_to_the_range_is_not_clipped", "-torch.min(ratio * advantages, clipped * advantages)", "-clipped * advantages"),
     Mutant("the loss is never clipped", "test_clipping_case_2_good_action_above_the_range_is_clipped", "-torch.min(ratio * advantages, clipped * advantages)", "-ratio * advantages"),
-    Mutant("the ratio is upside down", "test_at_ratio_one_the_gradient_is_the_policy_gradient", "ratio = (logprobs - old_logprobs).exp()", "ratio = (old_logprobs - logprobs).exp()"),
+    Mutant("the ratio is upside down", "test_clipping_cases_1_and_3_have_the_full_gradient", "ratio = (logprobs - old_logprobs).exp()", "ratio = (old_logprobs - logprobs).exp()"),
     Mutant("only the upper side is clipped", "test_clipping_case_4_bad_action_below_the_range_is_clipped", "ratio.clamp(1 - cliprange, 1 + cliprange)", "ratio.clamp(max=1 + cliprange)"),
     Mutant("the clip range is halved", "test_clipping_case_1_good_action_up_to_the_range_is_not_clipped", "ratio.clamp(1 - cliprange, 1 + cliprange)", "ratio.clamp(1 - cliprange / 2, 1 + cliprange / 2)"),
     Mutant("the ratio is cut at 1.5", "test_wide_clip_range_gives_the_unclipped_surrogate", "ratio = (logprobs - old_logprobs).exp()", "ratio = (logprobs - old_logprobs).exp().clamp(max=1.5)"),
-    Mutant("the objective is not negated", "test_policy_loss_is_never_below_the_unclipped_one", "return -torch.min(ratio", "return torch.min(ratio"),
+    Mutant("the objective is not negated", "test_clipping_case_1_good_action_up_to_the_range_is_not_clipped", "return -torch.min(ratio", "return torch.min(ratio"),
     Mutant("the policy loss is reduced", "test_policy_loss_depends_on_the_ratio_alone", "return -torch.min(ratio * advantages, clipped * advantages)", "return -torch.min(ratio * advantages, clipped * advantages).mean()"),
     Mutant("advantages lose their size", "test_clipping_case_4_bad_action_below_the_range_is_clipped", "return -torch.min(ratio * advantages", "advantages = advantages.sign()\n    return -torch.min(ratio * advantages"),
     Mutant("the ratio carries no gradient", "test_clipping_cases_1_and_3_have_the_full_gradient", "ratio = (logprobs - old_logprobs).exp()", "ratio = (logprobs - old_logprobs).exp().detach() + 0 * logprobs"),
     Mutant("values are clipped around 0", "test_value_loss_is_the_worse_of_clipped_and_unclipped", "old_values + (values - old_values).clamp(", "values.clamp("),
     Mutant("the value loss takes the better side", "test_value_loss_gradient_stops_beyond_the_clip", "torch.max((values - returns)", "torch.min((values - returns)"),
-    Mutant("the value loss lacks its half", "test_value_loss_inside_the_clip_is_half_the_squared_error", "(clipped - returns).square()) / 2", "(clipped - returns).square())"),
+    Mutant("the value loss lacks its half", "test_value_loss_is_the_worse_of_clipped_and_unclipped", "(clipped - returns).square()) / 2", "(clipped - returns).square())"),
     Mutant("values are clipped from above only", "test_value_loss_is_the_worse_of_clipped_and_unclipped", "clamp(-cliprange_value, cliprange_value)", "clamp(max=cliprange_value)"),
     Mutant("aggregate ignores the count it is given", "test_aggregate_token_of_parts_adds_up_to_the_whole", "(mask.sum() if normalizer is None else normalizer)", "mask.sum()"),
     Mutant("aggregate ignores the count of rows", "test_aggregate_sequence_of_parts_adds_up_to_the_whole", "(len(rows) if normalizer is None else normalizer)", "len(rows)"),
@@ -4692,7 +4619,7 @@ MUTANTS = [
     Mutant("aggregate multiplies by the mask", "test_aggregate_token_ignores_nan_outside_the_mask", "losses = losses.masked_fill(~mask, 0)", "losses = losses * mask"),
     Mutant("the preferred text is pushed down", "test_preference_loss_is_bradley_terry", "F.logsigmoid(chosen - rejected)", "F.logsigmoid(rejected - chosen)"),
     Mutant("the preference loss overflows", "test_preference_loss_is_stable", "F.logsigmoid(chosen - rejected)", "torch.sigmoid(chosen - rejected).log()"),
-    Mutant("the preference loss regularises the scores", "test_preference_loss_depends_on_the_difference", "F.logsigmoid(chosen - rejected).mean()", "F.logsigmoid(chosen - rejected).mean() + chosen.square().mean()"),
+    Mutant("the preference loss regularises the scores", "test_preference_loss_is_bradley_terry", "F.logsigmoid(chosen - rejected).mean()", "F.logsigmoid(chosen - rejected).mean() + chosen.square().mean()"),
     Mutant("rewards skip KL for the first token", "test_gradient_is_unbiased_with_any_baseline", "(-kl_coef * kl).masked_fill(~mask, 0)", "(-kl_coef * kl).masked_fill(~mask, 0) * (torch.arange(kl.shape[1]) > 0)"),
     Mutant("log-probabilities are smoothed", "test_logprobs_are_log_softmax_of_tempered_logits", "tokens.flatten(), reduction=\"none\")", "tokens.flatten(), reduction=\"none\", label_smoothing=0.1)"),
     Mutant("float64 logits are cut to float32", "test_float64_gives_float64", "return x if x.dtype == torch.float64 else x.float()", "return x.float()"),
@@ -4717,7 +4644,7 @@ MUTANTS = [
     # data
     Mutant("posts are cut at their first newline", "test_truncation_is_by_paragraph_then_by_character", "return post[: newlines[fitting - 1]]", "return post[: newlines[0]]"),
     Mutant("posts are cut in mid-paragraph", "test_long_queries_lose_paragraphs_and_keep_the_rest", "    if fitting:\n", "    if False:\n"),
-    Mutant("truncation keeps one character too many", "test_truncation_fits_and_is_idempotent", "key=lambda cut: not fits(post[:cut])) - 1]", "key=lambda cut: not fits(post[:cut]))]"),
+    Mutant("truncation keeps one character too many", "test_truncation_is_by_paragraph_then_by_character", "key=lambda cut: not fits(post[:cut])) - 1]", "key=lambda cut: not fits(post[:cut]))]"),
     Mutant("truncation of the impossible gives nothing", "test_truncation_that_cannot_succeed_is_an_error", 'refuse(not fits(""), "even an empty post does not fit: title and template are too long")', ""),
     Mutant("responses lack their space", "test_queries_and_responses_are_formatted_as_in_the_paper", '" " + summary.strip()', "summary.strip()"),
     Mutant("responses lack EOS", "test_queries_and_responses_are_formatted_as_in_the_paper", "[[*tokens, self.eos_id] for", "[[*tokens] for"),
