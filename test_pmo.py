@@ -333,18 +333,17 @@ def some_arguments(of: torch.dtype) -> dict[str, tuple]:
 def for_each(names: tuple[str, ...], look: Callable[[str], None]) -> None:
     """Look at every function of these that the implementation has ("aggregate token" is aggregate, asked for that)."""
     __tracebackhide__ = True
-    looked = 0
-    for name in names:
-        if hasattr(impl, name.split()[0]):
-            try:
-                look(name)
-                looked += 1
-            except NotImplementedError:
-                pass
-            except AssertionError as error:
-                raise AssertionError(f"{name}: {error}") from None
+    looked, why = 0, f"none of {', '.join(names)}"
+    for name in (name for name in names if hasattr(impl, name.split()[0])):
+        try:
+            look(name)
+            looked += 1
+        except NotImplementedError as error:
+            why = str(error) or why
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
     if not looked:
-        raise NotImplementedError(f"none of {', '.join(names)}")
+        raise NotImplementedError(why)
 
 
 # A batch, as the laws see it, is a list of sequences of numbers. `dense` lays it out as an implementation wants it.
@@ -4614,6 +4613,17 @@ MUTANTS = [
     Mutant("the preference loss overflows", "test_preference_loss_is_stable", "F.logsigmoid(chosen - rejected)", "torch.sigmoid(chosen - rejected).log()"),
     Mutant("the preference loss regularises the scores", "test_preference_loss_is_bradley_terry", "F.logsigmoid(chosen - rejected).mean()", "F.logsigmoid(chosen - rejected).mean() + chosen.square().mean()"),
     Mutant("rewards skip KL for the first token", "test_gradient_is_unbiased_with_any_baseline", "(-kl_coef * kl).masked_fill(~mask, 0)", "(-kl_coef * kl).masked_fill(~mask, 0) * (torch.arange(kl.shape[1]) > 0)"),
+    Mutant("logits are cut off at 2", "test_logprobs_and_entropy_depend_on_logit_differences_over_temperature", "_at_least_float32(logits) / temperature\n    return -F", "_at_least_float32(logits).clamp(max=2) / temperature\n    return -F"),
+    Mutant("k1 is an absolute value", "test_kl_estimate_k1_is_schulmans", "k1 = logprobs - ref_logprobs", "k1 = (logprobs - ref_logprobs).abs()"),
+    Mutant("means count what is outside", "test_masked_mean_ignores_numbers_outside_the_mask", "x.masked_fill(~mask, 0).sum() /", "x.nan_to_num().sum() /"),
+    Mutant("whitening multiplies by the mask", "test_whiten_ignores_nan_outside_the_mask", "    x = x.masked_fill(~mask, 0)\n    mean = masked", "    x = x * mask\n    mean = masked"),
+    Mutant("rewards multiply by the mask", "test_token_rewards_ignores_nan_outside_the_mask", "(-kl_coef * kl).masked_fill(~mask, 0)", "(-kl_coef * kl) * mask"),
+    Mutant("token means divide by all slots", "test_aggregate_token_is_the_mean_over_tokens", "(mask.sum() if normalizer is None else normalizer)", "(mask.numel() if normalizer is None else normalizer)"),
+    Mutant("losses in padding count", "test_aggregate_token_ignores_numbers_outside_the_mask", "losses = losses.masked_fill(~mask, 0)", "losses = losses.nan_to_num()"),
+    Mutant("padding lowers sequence means", "test_aggregate_sequence_ignores_numbers_outside_the_mask", "rows = losses.sum(1) / mask.sum(1)", "rows = losses.sum(1) / mask.shape[1]"),
+    Mutant("sequence means multiply by the mask", "test_aggregate_sequence_ignores_nan_outside_the_mask", "losses = losses.masked_fill(~mask, 0)", "losses = losses * mask"),
+    Mutant("half of the next value counts", "test_gradient_is_unbiased_for_every_lambda_with_true_values", "        next_value = values[:, t]\n", "        next_value = values[:, t] / 2\n"),
+    Mutant("KL is charged twice", "test_gradient_is_zero_at_the_closed_form_optimum", "(-kl_coef * kl)", "(-2 * kl_coef * kl)"),
     Mutant("log-probabilities are smoothed", "test_logprobs_are_log_softmax_of_tempered_logits", "tokens.flatten(), reduction=\"none\")", "tokens.flatten(), reduction=\"none\", label_smoothing=0.1)"),
     Mutant("float64 logits are cut to float32", "test_float64_gives_float64", "return x if x.dtype == torch.float64 else x.float()", "return x.float()"),
     Mutant("k3 lacks its k1", "test_kl_estimate_k3_is_schulmans", "torch.expm1(-k1) + k1", "torch.expm1(-k1)"),
