@@ -1144,6 +1144,7 @@ def ask_masked(name: str, s: Sequences, junk: float = 0.0, extra: int = 0) -> tu
     result = {
         "masked_mean": lambda: contract.masked_mean(x, mask),
         "whiten": lambda: contract.whiten(x, mask),
+        "whiten unshifted": lambda: contract.whiten(x, mask, shift_mean=False),
         "token_rewards": lambda: contract.token_rewards(s.first(list(s.columns)[1]), x, mask, 0.125),
         "gae": lambda: contract.gae(x, more[0], mask, 0.875, 0.75),
         "aggregate token": lambda: contract.aggregate(x, mask, "token"),
@@ -1171,7 +1172,7 @@ def test_masked_mean_ignores_numbers_outside_the_mask(s, junk, extra):
 
 @law(NUMBERS, OUTSIDE, "whiten", s=spread, junk=finite, extra=more)
 def test_whiten_ignores_numbers_outside_the_mask(s, junk, extra):
-    check_masked("whiten", s, junk, extra)
+    for_each(("whiten", "whiten unshifted"), lambda name: check_masked(name, s, junk, extra))
 
 
 @law(NUMBERS, OUTSIDE, "token_rewards", s=scored, junk=finite, extra=more)
@@ -1201,7 +1202,7 @@ def test_masked_mean_ignores_nan_outside_the_mask(s, junk, extra):
 
 @law(SPOILED, OUTSIDE, "whiten", hardening=True, s=spread, junk=spoiled, extra=more)
 def test_whiten_ignores_nan_outside_the_mask(s, junk, extra):
-    check_masked("whiten", s, junk, extra)
+    for_each(("whiten", "whiten unshifted"), lambda name: check_masked(name, s, junk, extra))
 
 
 @law(SPOILED, OUTSIDE, "token_rewards", hardening=True, s=scored, junk=spoiled, extra=more)
@@ -4616,7 +4617,7 @@ MUTANTS = [
     Mutant("logits are cut off at 2", "test_logprobs_and_entropy_depend_on_logit_differences_over_temperature", "_at_least_float32(logits) / temperature\n    return -F", "_at_least_float32(logits).clamp(max=2) / temperature\n    return -F"),
     Mutant("k1 is an absolute value", "test_kl_estimate_k1_is_schulmans", "k1 = logprobs - ref_logprobs", "k1 = (logprobs - ref_logprobs).abs()"),
     Mutant("means count what is outside", "test_masked_mean_ignores_numbers_outside_the_mask", "x.masked_fill(~mask, 0).sum() /", "x.nan_to_num().sum() /"),
-    Mutant("whitening multiplies by the mask", "test_whiten_ignores_nan_outside_the_mask", "    x = x.masked_fill(~mask, 0)\n    mean = masked", "    x = x * mask\n    mean = masked"),
+    Mutant("whitening without a shift keeps its padding", "test_whiten_ignores_nan_outside_the_mask", "    x = x.masked_fill(~mask, 0)\n    mean = masked", "    mean = masked"),
     Mutant("rewards multiply by the mask", "test_token_rewards_ignores_nan_outside_the_mask", "(-kl_coef * kl).masked_fill(~mask, 0)", "(-kl_coef * kl) * mask"),
     Mutant("token means divide by all slots", "test_aggregate_token_is_the_mean_over_tokens", "(mask.sum() if normalizer is None else normalizer)", "(mask.numel() if normalizer is None else normalizer)"),
     Mutant("losses in padding count", "test_aggregate_token_ignores_numbers_outside_the_mask", "losses = losses.masked_fill(~mask, 0)", "losses = losses.nan_to_num()"),
