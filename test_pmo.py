@@ -1396,13 +1396,13 @@ class Table:
     holds, fails, differs by choice or is missing, function by function; failures are grouped by their cause."""
 
     def __init__(self, path: str = "") -> None:
-        self.path = path
-        self.found: dict[str, dict] = {}
+        self.path, self.impl, self.found = path, impl, {}
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         beyond = [item for item in items if item.name not in (MODULE, *contracts_laws())]
         config.hook.pytest_deselected(items=beyond)
         items[:] = [item for item in items if item not in beyond]
+        self.impl = items[0].module.impl if items else impl  # a peer's adapter stands further down
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call":
@@ -1435,7 +1435,9 @@ class Table:
         for told in self.found.values():
             counts[told["function"]]["fails" if told["outcome"] == "known" else told["outcome"]] += 1
         total = {column: sum(row[column] for row in counts.values()) for column in COLUMNS}
-        say(f"\n{impl.__name__}, {impl.__file__}: {sum(total.values())} of {len(contracts_laws()) + 1} laws\n")
+        say(
+            f"\n{self.impl.__name__}, {self.impl.__file__}: {sum(total.values())} of {len(contracts_laws()) + 1} laws\n"
+        )
         say(f"{'':22}" + "".join(f"{column:>11}" for column in COLUMNS))
         for name, row in {**counts, "all": total}.items():
             if any(row.values()):
@@ -1444,7 +1446,7 @@ class Table:
             self.tell(say, outcome, names)
         if self.path:
             rows = {name: row for name, row in counts.items() if any(row.values())}
-            about = {"implementation": impl.__name__, "file": impl.__file__, "dtype": str(dtype())}
+            about = {"implementation": self.impl.__name__, "file": self.impl.__file__, "dtype": str(dtype())}
             report = {**about, "torch": torch.__version__, "functions": rows, "laws": self.found}
             Path(self.path).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -4983,6 +4985,7 @@ def adapter(library, functions: dict[str, object]):
 
 
 def trl_as_implementation():
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     from trl.experimental.ppo import ppo_trainer as trl
 
     train, args = partial(statements, trl.PPOTrainer.train), SimpleNamespace
@@ -5145,6 +5148,32 @@ if IMPL in PEERS:
         impl = PEERS[IMPL]()
     except (ImportError, LookupError) as error:
         unusable(f"the adapter is for another version, or a dependency is missing: {error}")
+
+FOUND_IN_PEERS = {  # what README's table says: version, and every law that fails (hardening and choices apart)
+    "trl": ("1.12.0", """
+        test_missing_eos_replaces_the_score test_missing_eos_replaces_nan
+        test_entropy_ignores_impossible_tokens test_k3_keeps_its_digits_near_zero
+        test_score_is_paid_to_the_last_response_token test_token_rewards_ignores_numbers_outside_the_mask
+        test_gae_ignores_numbers_outside_the_mask test_token_rewards_and_gae_treat_each_response_alone
+        test_gradient_is_unbiased_with_any_baseline test_gradient_is_unbiased_for_every_lambda_with_true_values
+        test_gradient_is_zero_at_the_closed_form_optimum"""),
+    "torchtune": ("0.6.1", """
+        test_whiten_gives_mean_zero_and_variance_one test_whiten_is_invariant_to_shift_and_scale
+        test_whiten_without_shift_only_scales"""),
+    "torchrl": ("0.14.1", "test_gae_with_lambda_zero_is_the_td_residual"),
+}  # fmt: skip
+
+
+@pmos_own
+@pytest.mark.parametrize("peer", PEERS)
+def test_what_the_suite_finds_in_a_peer(peer, tmp_path):
+    version, expected = FOUND_IN_PEERS[peer]
+    if not importlib.util.find_spec(peer) or importlib.metadata.version(peer).partition("+")[0] != version:
+        pytest.skip(f"{peer} {version} is not installed")
+    command = [sys.executable, __file__, "--table", str(tmp_path / "found.json")]
+    subprocess.run(command, capture_output=True, timeout=600, env={**os.environ, "PMO_IMPL": peer})
+    laws = json.loads((tmp_path / "found.json").read_text())["laws"]
+    assert {name for name, told in laws.items() if told["outcome"] == "fails"} == set(expected.split())
 
 
 if __name__ == "__main__":  # python test_pmo.py race ...: the rest of the command line ended further up
