@@ -75,10 +75,6 @@ CONTRACT = (
 )  # fmt: skip
 
 
-def known_failures() -> dict[str, str]:
-    return getattr(impl, "KNOWN_FAILURES", {})
-
-
 def dtype() -> torch.dtype:
     """What the implementation computes in: float64, so that rounding hides nothing, unless it says otherwise."""
     return getattr(impl, "DTYPE", torch.float64)
@@ -218,7 +214,7 @@ def law(statement: str, source: str, *needs: str, any_of: bool = False, choice: 
 
         def run() -> None:
             __tracebackhide__ = True
-            known, lacking, found = known_failures().get(name), stated.missing(), ""
+            known, lacking, found = getattr(impl, "KNOWN_FAILURES", {}).get(name), stated.missing(), ""
             try:
                 found = "" if lacking else stated.hold()
             except NotImplementedError as error:
@@ -254,7 +250,7 @@ def law(statement: str, source: str, *needs: str, any_of: bool = False, choice: 
 def test_the_module_offers_what_it_says():
     """Its KNOWN_FAILURES name laws of the contract. (That it has a function of it, every law says.)"""
     laws = contracts_laws()
-    if unknown := sorted(set(known_failures()) - set(laws)):
+    if unknown := sorted(set(getattr(impl, "KNOWN_FAILURES", {})) - set(laws)):
         near = {name: difflib.get_close_matches(name, laws, n=1) for name in unknown}
         meant = "; ".join(name + (f" (meant: {near[name][0]}?)" if near[name] else "") for name in unknown)
         pytest.fail(f"KNOWN_FAILURES of {impl.__name__} names no law of the contract: {meant}", pytrace=False)
@@ -1430,14 +1426,12 @@ class Table:
         self.found[name] = told
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        say = terminalreporter.write_line
+        say, held = terminalreporter.write_line, self.impl
         counts = {row: dict.fromkeys(COLUMNS, 0) for row in (*CONTRACT, "several together", "the module")}
         for told in self.found.values():
             counts[told["function"]]["fails" if told["outcome"] == "known" else told["outcome"]] += 1
         total = {column: sum(row[column] for row in counts.values()) for column in COLUMNS}
-        say(
-            f"\n{self.impl.__name__}, {self.impl.__file__}: {sum(total.values())} of {len(contracts_laws()) + 1} laws\n"
-        )
+        say(f"\n{held.__name__}, {held.__file__}: {sum(total.values())} of {len(contracts_laws()) + 1} laws\n")
         say(f"{'':22}" + "".join(f"{column:>11}" for column in COLUMNS))
         for name, row in {**counts, "all": total}.items():
             if any(row.values()):
@@ -1446,7 +1440,7 @@ class Table:
             self.tell(say, outcome, names)
         if self.path:
             rows = {name: row for name, row in counts.items() if any(row.values())}
-            about = {"implementation": self.impl.__name__, "file": self.impl.__file__, "dtype": str(dtype())}
+            about = {"implementation": held.__name__, "file": held.__file__, "dtype": str(dtype())}
             report = {**about, "torch": torch.__version__, "functions": rows, "laws": self.found}
             Path(self.path).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
 
