@@ -634,7 +634,8 @@ def test_whiten_without_shift_only_scales(s, choice):
 
 
 @law("what has no spread is never blown up: constants come back no larger than they were", "D16", "whiten",
-     hardening=True, value=st.sampled_from([0.0, 0.1, -3.0, 1000.1]), n=st.integers(1, 7), shift_mean=st.booleans())  # fmt: skip
+     hardening=True, value=st.sampled_from([0.0, 0.1, -3.0, 1000.1]), n=st.integers(1, 7),
+     shift_mean=st.booleans())  # fmt: skip
 def test_whiten_leaves_constant_input_alone(value, n, shift_mean):
     for kind in {torch.float32, dtype()}:
         x = torch.full((1, n), value, dtype=kind)
@@ -866,7 +867,7 @@ def test_gae_lets_no_part_of_a_gradient_through(s, lam, choice):
 # -----------------------------------------------------------------------------
 # policy_loss, value_loss [D18]
 #
-# The four cases of the clip are numbered as in the source article; cases 1 and 3 keep their gradient, 2 and 4 have none.
+# The four cases of the clip are numbered as in the source article; 1 and 3 keep their gradient, 2 and 4 have none.
 
 ratios = st.sampled_from([0.25, 0.5, 0.7, 0.74, 0.76, 1.0, 1.24, 1.26, 1.5, 4.0])
 above, up_to_above = st.sampled_from([1.26, 1.5, 4.0]), st.sampled_from([0.25, 0.5, 0.74, 0.76, 1.0, 1.24])
@@ -956,7 +957,7 @@ def test_old_logprobs_get_no_other_gradient(s, choice):
 
 @law("a ratio of 50 of a bad action, or of 1/1000 of a good one, is taken as it is, or is clamped",
      "[1] eq. 7 has no bound there; dual clip: arXiv 1912.09729", "policy_loss",
-     choice=("nothing is clamped", "dual clip: a bad action costs at most −cA", "the log-ratio is clamped"))  # fmt: skip
+     choice=("nothing is clamped", "dual clip: a bad action costs −cA", "the log-ratio is clamped"))  # fmt: skip
 def test_policy_loss_of_extreme_ratios(choice):
     points = [(50.0, 1.0), (0.001, -1.0), (50.0, -1.0), (0.001, 1.0)]
     losses = [loss(logprobs).item() for logprobs, loss in (at_ratio(*point) for point in points)]
@@ -1408,7 +1409,7 @@ class Table:
         start = next((i for i, line in enumerate(text) if line.startswith("E ")), 0)
         lines = [line.removeprefix("E ").strip() for line in text[start:]]
         told = {
-            "function": "the module" if not stated else "several together" if len(stated.needs) > 1 else stated.needs[0],
+            "function": "the module" if not stated else ("several together", *stated.needs)[len(stated.needs) == 1],
             "statement": stated.statement if stated else "", "source": stated.source if stated else "",
             "why": "", "example": "", "place": "", "outcome": "holds",
         }  # fmt: skip
@@ -1480,7 +1481,7 @@ def example(lines: list[str]) -> str:
 
 
 def hold_against(arguments: list[str]) -> int:
-    """Print the table, and write it where --table says. What surrounds the file (pytest.ini, -W error) plays no part."""
+    """Print the table, and write it where --table says. A pytest.ini around the file plays no part."""
     path = ""
     if "--table" in arguments:
         at = arguments.index("--table")
