@@ -1357,7 +1357,7 @@ def watching(*names: str) -> Iterator[dict[str, list[tuple]]]:
 
     def remembering(name: str, function: Callable) -> Callable:
         def call(*args: object, **options: object) -> object:
-            calls[name].append((args, function(*args, **options)))
+            calls[name].append(((*args, *options.values()), function(*args, **options)))
             return calls[name][-1][1]
 
         return call
@@ -2603,16 +2603,14 @@ def test_the_report_names_the_winner_at_each_temperature():
     writers = {"author": 0.9, "SFT T=0.01": 0.1, "SFT T=0.7": 0.5, "PPO T=0.01": 0.2, "PPO T=0.7": 0.4}
     texts = {writer: [f"{writer} on {post.title}" for post in posts] for writer in writers}
     run = impl.Run(stage_config("report", "evaluate"))
-    config, human = (
-        run.config,
-        replace(run.config.data, comparisons_train=toy_files()[0], comparisons_valid=toy_files()[0]),
-    )
-    for config, judge in (
-        (config, "the labeler that made the preferences"), (replace(config, data=human), "word overlap, not those who chose"),
-        (replace(config, evaluate=impl.Evaluate(judge="rules:better")), "rules:better"),
-        (replace(config, evaluate=impl.Evaluate(judge="reward")), "what PPO was trained on"),
-    ):  # fmt: skip
-        run.config = config
+    usual, human = run.config, {"comparisons_train": toy_files()[0], "comparisons_valid": toy_files()[0]}
+    for changes, judge in (
+        ({}, "the labeler that made the preferences"),
+        ({"data": replace(usual.data, **human)}, "word overlap, not those who chose"),
+        ({"evaluate": impl.Evaluate(judge="rules:better")}, "rules:better"),
+        ({"evaluate": impl.Evaluate(judge="reward")}, "what PPO was trained on"),
+    ):
+        run.config = replace(usual, **changes)
         impl.report(
             run, posts, texts, {writer: marks(x) for writer, x in writers.items()},
             lambda a, b: numpy.full(40, float(writers[a] > writers[b])),
@@ -2856,6 +2854,7 @@ def test_what_fits_is_kept_whole():
     for limit, kept in ((longest, 60), (longest - 1, 59)):
         data = replace(config.data, train=train, response_tokens=limit, **limits)
         run = impl.Run(replace(config, folder=config.folder.with_name(f"fits {limit}"), data=data))
+        codec = run.codec("sft")
         examples = impl.read_examples(run, "train", codec)
         assert len(examples) == kept and max(map(len, examples.responses)) <= limit
         pairs, kinds = impl.read_pairs(run, "train", codec)
@@ -4384,10 +4383,9 @@ def test_divergence_within_an_update_spares_the_checkpoint():
     )
     steps = config.ppo.num_ppo_epochs * config.ppo.num_minibatches
 
-    def spoiled(*args: object) -> dict[str, float]:
-        if next(calls) == 3 * steps - 1:  # the last step of the third update
-            args = (*args[:3], lambda *parts: {name: share * math.nan for name, share in args[3](*parts).items()})
-        return original(*args)
+    def spoiled(machine, optimizer, minibatch, losses) -> dict[str, float]:
+        bad = math.nan if next(calls) == 3 * steps - 1 else 1.0  # the last step of the third update
+        return original(machine, optimizer, minibatch, lambda *args: {k: v * bad for k, v in losses(*args).items()})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(impl, "optimizer_step", spoiled)
