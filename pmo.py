@@ -301,58 +301,43 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def ppo(run: Run) -> None:
     """Proximal policy optimisation against the reward model [1; 4]. Steps are numbered as in the docstring above."""
     config, engine, seed = run.config.ppo, run.engine, run.config.seed
-    codec, models = run.codec("sft"), load_models(run)
+    codec, models, history = run.codec("sft"), load_models(run), run.logged("ppo")  # of before, in a resumed run
     (posts, queries), (valid, _) = read_prompts(run, "train", codec), read_prompts(run, "valid", codec)
     labeler = Labeler(posts) if run.labeler_chose else None
-    policy = {"params": models.policy.parameters(), "lr": config.lr}
-    value_model = {"params": models.value_model.parameters(), "lr": config.value_lr}
-    optimizer = adamw(run.config.optimizer, policy, value_model)
+    optimizer = adamw(run.config.optimizer, (models.policy, config.lr), (models.value_model, config.value_lr))
     losses = partial(ppo_losses, models, config)
-    history = run.logged("ppo")  # empty, but in a resumed run
     trained = {"policy": models.policy, "value_model": models.value_model}
     for update in run.steps("ppo", config.num_updates, optimizer, **trained):
         set_lr(optimizer, 1 - update / config.num_updates)  # linear to 0 [D21]
         episodes = range(update * config.batch_size, (update + 1) * config.batch_size)
         picked = shuffled(seed, "episodes", len(posts), episodes.start, episodes.stop)
-        asked = [posts[i] for i in picked]
-        # Every epoch goes through all rollouts once, in an order of its own [D19].
-        orders = [
-            rng(seed, "minibatches", update, epoch).permutation(len(picked)) for epoch in range(config.num_ppo_epochs)
-        ]
-        minibatches = [rows for order in orders for rows in chunks(order.tolist(), config.minibatch_size)]
+        asked, prompts = [posts[i] for i in picked], [queries[i] for i in picked]
+        epochs = [minibatches(seed, update, epoch, config) for epoch in range(config.num_ppo_epochs)]
 
         # 1. Sample a response to each query, up to and including EOS, or as long as there is room.
-        batch = Batch([queries[i] for i in picked], [])
         uniforms = noise(seed, "episodes", episodes, run.config.data.response_tokens)
-        responses = sample(models.policy, batch.queries, uniforms, config.temperature, codec.eos_id, engine)
-        batch = replace(batch, responses=responses)
+        batch = Batch(prompts, sample(models.policy, prompts, uniforms, config.temperature, codec.eos_id, engine))
         # 2. Score each response, as a whole: the reward model, read at EOS, or a rule.
         scores = outcome_scores(models.reward_model, asked, codec, engine, batch)
         # 3. Of every response token: its log-probability under the policy and under the reference, and the value.
-        first_epoch = minibatches[: config.num_minibatches]
-        rollout = read_tokens(models, batch, scores, codec.eos_id, config.temperature, first_epoch, engine)
+        rollout = read_tokens(models, batch, scores, codec.eos_id, config.temperature, epochs[0], engine)
         # 4. A reward for every token: the price of KL, and at the last token the score.
         rewards = shape_rewards(rollout, config)
-        # 5. What each token did better or worse than expected; whitened over all tokens of the batch [D16].
-        advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.lam)
-        if config.whiten_advantages:
-            advantages = whiten(advantages, rollout.mask)
-        rollout = replace(rollout, advantages=advantages, returns=returns)
-        # 6. and 7. K epochs of minibatches, an optimizer step for each.
-        steps = [optimizer_step(engine, optimizer, rollout[rows], losses) for rows in minibatches]
+        # 5. What each token did better or worse than was expected.
+        rollout = credit(rollout, rewards, config)
+        # 6. K epochs of minibatches, each in a new order, and 7. an optimizer step for each minibatch.
+        steps = [optimizer_step(engine, optimizer, rollout[rows], losses) for rows in chain(*epochs)]
         optimizer.zero_grad()  # the gradients' memory is for what the next update samples
 
-        statistics = rollout_statistics(rollout, config) | step_statistics(steps)
+        history.append(rollout_statistics(rollout, config) | step_statistics(steps))
         if labeler is not None:  # a look at what the reward model stands for; nothing is trained on it
-            marks = [labeler.score(post, codec.text(response)) for post, response in zip(asked, responses)]
-            statistics["objective/labeler"] = sum(marks) / len(marks)
-        run.log(statistics)
-        history.append(statistics)
+            history[-1]["objective/labeler"] = mean_label(labeler, asked, batch, codec)
+        run.log(history[-1])
         run.warn(bad_signs(history))
         if update % config.sample_every == 0:
             show_sample(run, update, valid, codec, models)
-        if config.max_kl is not None and statistics["objective/kl"] > config.max_kl:
-            run.say(f"stopped: KL {statistics['objective/kl']:.2f} exceeds --ppo.max-kl {config.max_kl}")
+        if history[-1]["objective/kl"] > (config.max_kl or math.inf):
+            run.say(f"stopped: KL {history[-1]['objective/kl']:.2f} exceeds --ppo.max-kl {config.max_kl}")
             break
     run.write("ppo", partial(save_model, models.policy, engine.weights(models.policy), codec.tokenizer))
 
@@ -406,7 +391,7 @@ def read_tokens(
     scores: Tensor,  # (B,)
     eos_id: int,
     temperature: float,
-    minibatches: list[list[int]],  # the first epoch's
+    first_epoch: list[list[int]],  # its minibatches
     engine: Engine,
 ) -> Rollout:
     """What policy, value model and reference say of responses that were just sampled.
@@ -414,7 +399,7 @@ def read_tokens(
     The policy reads them in the micro-batches of the first epoch: the same rows side by side, by the same kind of
     forward pass. Kernels round by shape, and the ratio before the first step should be 1, not nearly 1 [D14].
     """
-    groups = [group for rows in minibatches for group in micro_batches(batch.lengths, rows, engine.micro_batch_size)]
+    groups = [group for rows in first_epoch for group in micro_batches(batch.lengths, rows, engine.micro_batch_size)]
 
     def policy_and_value(layout: Layout) -> list[Tensor]:
         logits, values = logits_and_values(models.policy, models.value_model, layout)
@@ -441,6 +426,20 @@ def shape_rewards(rollout: Rollout, config: PPO) -> Tensor:  # (B, T)
     kl = kl_estimate(rollout.logprobs, rollout.ref_logprobs, config.kl_kind)
     rewards = token_rewards(scores, kl, rollout.mask, config.kl_coef if config.kl_in == "reward" else 0.0)
     return whiten(rewards, rollout.mask, shift_mean=False) if config.whiten_rewards else rewards  # [D16]
+
+
+def credit(rollout: Rollout, rewards: Tensor, config: PPO) -> Rollout:
+    """The rollout with advantages, whitened over all tokens of the batch [D16], and returns, the value's targets."""
+    advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.lam)
+    if config.whiten_advantages:
+        advantages = whiten(advantages, rollout.mask)
+    return replace(rollout, advantages=advantages, returns=returns)
+
+
+def minibatches(seed: int, update: int, epoch: int, config: PPO) -> list[list[int]]:
+    """All rollouts of a batch, each once, in an order that only this epoch has [D19]."""
+    order = rng(seed, "minibatches", update, epoch).permutation(config.batch_size)
+    return chunks(order.tolist(), config.minibatch_size)
 
 
 def ppo_losses(models: Models, config: PPO, part: Rollout, whole: Rollout) -> dict[str, Tensor]:
@@ -633,6 +632,10 @@ def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: 
     run.append("samples.jsonl", record)
 
 
+def mean_label(labeler: Labeler, posts: Sequence[Post], batch: Batch, codec: Codec) -> float:
+    return sum(labeler.score(post, codec.text(r)) for post, r in zip(posts, batch.responses)) / len(batch)
+
+
 def headline(post: Post) -> str:
     """What a post is about, and its end, for the screen."""
     return f"    r/{post.subreddit}, {post.title}: ...{' '.join(post.post.split())[-80:]}"
@@ -668,7 +671,7 @@ def train_language_model(
     order = shuffled(run.config.seed, stage, len(batch), 0, max(1, round(config.epochs * len(batch))))
     steps = chunks(order, config.batch_size)
     run.say(f"{model.config.model_type}, {model.num_parameters() / 1e6:.2f}M parameters; {len(batch):,} examples")
-    optimizer = adamw(run.config.optimizer, {"params": model.parameters(), "lr": config.lr})
+    optimizer = adamw(run.config.optimizer, (model, config.lr))
     losses = partial(language_model_losses, model, prompt_weight)
     for step in run.steps(stage, len(steps), optimizer, model=model):
         set_lr(optimizer, warmup(step, len(steps)) * schedule(step / len(steps)))
@@ -709,10 +712,11 @@ def reward(run: Run) -> None:
     summaries, (pairs, _) = read_examples(run, "train", codec), read_pairs(run, "train", codec)
     own = summaries[shuffled(seed, "pretraining", len(summaries), 0, min(len(summaries), config.pretraining_pairs))]
     order = shuffled(seed, "reward", len(pairs), 0, max(1, round(config.epochs * len(pairs))))
-    pairs = Pairs(own, own.exchanged()).that_differ() + pairs[order]
+    own = Pairs(own, own.exchanged())
+    own = own[[i for i in range(len(own)) if own.chosen.responses[i] != own.rejected.responses[i]]]
+    pairs = own + pairs[order]
     steps = chunks(range(len(pairs)), config.batch_size)
-    trained = {"params": [p for p in model.parameters() if p.requires_grad], "lr": config.lr}
-    optimizer = adamw(run.config.optimizer, trained)
+    optimizer = adamw(run.config.optimizer, (model, config.lr))
     losses = partial(reward_losses, model)
     for step in run.steps("reward", len(steps), optimizer, model=model):
         set_lr(optimizer, warmup(step, len(steps)) * cosine(step / len(steps)))
@@ -762,9 +766,13 @@ def wins_of(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> Tensor | np.ndarr
     return (a > b) + (a == b) / 2
 
 
-def adamw(config: Optimizer, *groups: dict) -> torch.optim.AdamW:
-    """AdamW, eps 1e-5, no weight decay [D21; 4]. Each group names its parameters and learning rate."""
-    groups = [group | {"initial_lr": group["lr"], "max_grad_norm": config.max_grad_norm} for group in groups]
+def adamw(config: Optimizer, *learners: tuple[nn.Module, float]) -> torch.optim.AdamW:
+    """AdamW, eps 1e-5, no weight decay [D21; 4], of modules, each with a learning rate of its own."""
+    groups = [
+        {"params": [p for p in module.parameters() if p.requires_grad], "lr": lr, "initial_lr": lr}
+        | {"max_grad_norm": config.max_grad_norm}
+        for module, lr in learners
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, config.beta2), eps=1e-5, weight_decay=0.0, fused=True)
 
 
@@ -1088,7 +1096,7 @@ HUB_PROMPT = re.compile(r"SUBREDDIT: r/(.*?)\n\nTITLE: (.*?)\n\nPOST: (.*)\n\nTL
 def text_field(record: dict, name: str) -> str:
     text = record.get(name)
     refuse(not isinstance(text, str), f"field '{name}' is missing or not text")
-    refuse(any("\ud800" <= character <= "\udfff" for character in text), f"field '{name}' is not valid Unicode")
+    refuse(not text.isascii() and re.search("[\ud800-\udfff]", text), f"field '{name}' is not valid Unicode")
     return text
 
 
@@ -1107,22 +1115,22 @@ def parse_comparison(record: dict) -> Comparison | None:
     None for a comparison of another task: OpenAI's validation files hold CNN/DM articles too.
     """
     if "prompt" in record:
-        texts, choice, kinds = [text_field(record, "chosen"), text_field(record, "rejected")], 0, ["unknown"]
+        summaries, choice, kinds = [{"text": record.get(name)} for name in ("chosen", "rejected")], 0, ["unknown"]
         post = parse_post({"prompt": record["prompt"], "completion": ""})
     else:
-        info, summaries, choice = record.get("info"), record.get("summaries"), record.get("choice")
+        info, summaries, choice = (record.get(name) for name in ("info", "summaries", "choice"))
         refuse(not isinstance(info, dict), "field 'info' is missing or not an object")
         if "article" in info and "post" not in info:
             return None
         pair = isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(s, dict) for s in summaries)
         refuse(not pair, "field 'summaries' is not two objects")
-        texts = [text_field(summary, "text") for summary in summaries]
         refuse(type(choice) is not int or choice not in (0, 1), f"field 'choice' is {choice!r}, must be 0 or 1")
+        extra = record["extra"] if isinstance(record.get("extra"), dict) else {}
         kinds = [" vs ".join(sorted(str(summary.get("policy", "unknown")) for summary in summaries))]
         kinds += [str(record["batch"])] if "batch" in record else []
-        extra = record.get("extra")
-        kinds += [f"confidence {extra['confidence']}"] if isinstance(extra, dict) and "confidence" in extra else []
+        kinds += [f"confidence {extra['confidence']}"] if "confidence" in extra else []
         post = parse_post({**info, "summary": ""})
+    texts = [text_field(summary, "text") for summary in summaries]
     refuse(not all(text.strip() for text in texts), "one of the two texts is empty")
     return Comparison(post, texts[choice], texts[1 - choice], tuple(kinds))
 
@@ -1281,11 +1289,6 @@ class Pairs:
     @property
     def lengths(self) -> list[int]:
         return list(map(max, self.chosen.lengths, self.rejected.lengths))
-
-    def that_differ(self) -> Pairs:
-        """Without those whose two responses are the same: they teach nothing."""
-        both = zip(self.chosen.responses, self.rejected.responses)
-        return self[[i for i, (a, b) in enumerate(both) if a != b]]
 
 
 class Layout(NamedTuple):
@@ -1547,8 +1550,7 @@ def report(
     for i, post in enumerate(posts[:5]):
         run.say(headline(post))
         run.say("\n".join(f"    {writer:10} {texts[writer][i]}" for writer in ("author", f"SFT {cold}", f"PPO {cold}")))
-    at = {temperature: versus[f"PPO {temperature} against SFT {temperature}"] for temperature in (cold, warm)}
-    conclusion = verdict(at, judge, len(posts))
+    conclusion = verdict(versus, judge, len(posts))
     run.say(f"\n{conclusion}")
     written = [{"summaries": {writer: summaries[i] for writer, summaries in texts.items()}} for i in range(len(posts))]
     run.write("eval.jsonl", partial(write_records, [post.fields() | record for post, record in zip(posts, written)]))
@@ -1556,29 +1558,19 @@ def report(
     run.write("eval.json", partial(write_json, record))
 
 
-def verdict(at: dict[str, Figures], judge: str, posts: int) -> str:
-    """Two sentences that claim no more than the intervals allow, and nothing of a handful of posts."""
+def verdict(versus: dict[str, Figures], judge: str, posts: int) -> str:
+    """What moved, where the interval leaves no doubt that it did; of a handful of posts nothing is claimed."""
     if posts < 30:
-        return f"By {judge}: {posts} posts are too few for a verdict."
-
-    def moved(figures: Figures, name: str, neutral: float, up: str, same: str, down: str) -> str:
-        _, low, high = figures[name]
-        return up if low > neutral else down if high < neutral else same
-
-    def compared(figures: Figures) -> str:
-        better = moved(figures, "win rate", 0.5, "is preferred to", "cannot be told from", "is worse than")
-        about = moved(figures, "margin gain", 0.0, "closer", "no closer", "less close")
-        win, low, high = figures["win rate"]
-        return (
-            f"{better} SFT ({win:.1%} of posts, {low:.1%} to {high:.1%}) and is {about} to this post than to any other"
-        )
-
-    (cold, figures), (warm, others) = at.items()
-    rouge = moved(figures, "rouge_l gain", 0.0, "rose", "did not move measurably", "fell")
-    return (
-        f"By {judge}, PPO at {cold} {compared(figures)}; at {warm} it {compared(others)}. "
-        f"ROUGE-L with the author's line, which nobody optimised, {rouge} at {cold}."
-    )
+        return f"Judged by {judge}: {posts} posts are too few for a verdict."
+    lines = [f"Judged by {judge}, in 95% intervals:"]
+    for pair, figures in versus.items():
+        words = []
+        for name, neutral in (("win rate", 0.5), ("margin gain", 0.0), ("rouge_l gain", 0.0)):
+            mean, low, high = figures[name]
+            word = "up" if low > neutral else "down" if high < neutral else "not measurably different"
+            words.append(f"{name.removesuffix(' gain')} {word}" + f" ({mean:.1%})" * (name == "win rate"))
+        lines.append(f"    {pair}: {', '.join(words)}")
+    return "\n".join(lines)
 
 
 def table(rows: list[list[str]]) -> str:
@@ -1828,8 +1820,8 @@ class Data:
     train: Path | None = None  # Posts with summaries for training: JSON Lines with subreddit, title, post, summary.
     valid: Path | None = None  # The same for validation: held-out loss, samples on the way.
     test: Path | None = None  # The same for the evaluation at the end. Default: the validation file.
+    # Human comparisons (OpenAI's JSON Lines: info, summaries, choice). Without them the labeler compares samples.
     comparisons_train: Path | None = None
-    """Human comparisons (OpenAI's JSON Lines: info, summaries, choice). Without them the labeler compares samples."""
     comparisons_valid: Path | None = None  # The same for the reward model's accuracy.
     query_tokens: int = 64  # Longest query; longer posts lose paragraphs from their end [D2]. Paper: 512.
     response_tokens: int = 28  # Longest summary, EOS included. Paper: 53.
@@ -1841,12 +1833,12 @@ class Data:
 class Pretrain:
     """The base model, where no --model is given: a small GPT-NeoX (the architecture of Pythia [4]), from scratch."""
 
+    # Passes over the training posts, next-token loss on everything. The response asked for is the title: it builds
+    # copying, without which a model this small learns the style of summaries but not to look at the post.
     epochs: float = 1.0
-    """Passes over the training posts, next-token loss on everything. The response asked for is the title: it builds
-    copying, without which a model this small learns the style of summaries but not to look at the post."""
     batch_size: int = 8  # Posts per step.
+    # Learning rate, constant after a warm-up of 50 steps (a tenth of all steps, where those are fewer).
     lr: float = 3e-3
-    """Learning rate, constant after a warm-up of 50 steps (a tenth of all steps, where those are fewer)."""
     vocab_size: int = 2048  # V, entries of the byte-level BPE trained on the corpus.
     layers: int = 3  # Transformer blocks.
     width: int = 128  # D, size of the hidden states.
@@ -1860,9 +1852,9 @@ class SFT:
     epochs: float = 1.5  # Passes over the summaries. Paper: 1.
     batch_size: int = 8  # Examples per step. Paper: 128.
     lr: float = 3e-3  # Learning rate, cosine to 0 after the same warm-up as in pretraining. Paper: 3e-6, no warm-up.
+    # Mean loss over the query's own tokens, times this, is added to the mean over the response's [D6]. A model as small
+    # as the default forgets how to copy without it; pretrained ones want 0. Paper's code: one mean over both.
     prompt_weight: float = 0.3
-    """Mean loss over the query's own tokens, times this, is added to the mean over the response's [D6]. A model as
-    small as the default forgets how to copy without it; pretrained ones want 0. Paper's code: one mean over both."""
 
 
 @dataclass(frozen=True)
@@ -1870,9 +1862,9 @@ class Compare:
     """Preferences where there are no humans: the labeler compares samples of the SFT model."""
 
     posts: int = 6000  # Training posts to sample for, at most.
+    # Samples per post at the PPO temperature; the labeler's best is compared with its worst, and its first with a
+    # sample for another post.
     samples: int = 2
-    """Samples per post at the PPO temperature; the labeler's best is compared with its worst, and its first with a
-    sample for another post."""
 
 
 @dataclass(frozen=True)
@@ -1880,9 +1872,9 @@ class Reward:
     """The reward model, from comparisons (Bradley-Terry) [5, section 3.4]."""
 
     epochs: float = 1.0  # Passes over the comparisons. Paper: 1.
+    # First learn to prefer a post's own summary to another post's, on at most this many posts (preference model
+    # pretraining, Askell et al. 2021, arXiv 2112.00861). Paper: 0.
     pretraining_pairs: int = 6000
-    """First learn to prefer a post's own summary to another post's, on at most this many posts (preference model
-    pretraining, Askell et al. 2021, arXiv 2112.00861). Paper: 0."""
     batch_size: int = 16  # Pairs per step. Paper: 64.
     lr: float = 7e-4  # Learning rate, cosine to 0 after the same warm-up as in pretraining. Paper: 3e-6, no warm-up.
 
@@ -1899,29 +1891,29 @@ class PPO:
     value_lr: float = 1e-3  # Learning rate of the value model. Paper: 3e-6.
     temperature: float = 0.7  # Sampling temperature; log-probabilities use it too [D13]. Paper: 0.7.
     kl_coef: float = 0.2  # Beta, price of one nat of KL to the SFT model [D15; 5, section 3.4]. Paper: 0.05.
+    # Estimator of the KL (Schulman 2020). Default: k1 in the reward, k2 in the loss.
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
-    """Estimator of the KL (Schulman 2020). Default: k1 in the reward, k2 in the loss."""
+    # Where the KL is charged. In the loss k1 has no gradient in expectation. Paper: reward.
     kl_in: Literal["reward", "loss"] = "reward"
-    """Where the KL is charged. In the loss k1 has no gradient in expectation. Paper: reward."""
     gamma: float = 1.0  # Gamma, discount [D17]. Paper: 1.
     lam: float = 0.95  # Lambda of GAE [3; D17]. Paper: 0.95.
     cliprange: float = 0.2  # Epsilon of the clipped objective [1, eq. 7; D18]. Paper: 0.2.
     cliprange_value: float = 0.2  # Clip of the value around its rollout value [D18]. Paper: 0.2.
+    # Weight of the value loss [1, eq. 9; D18]. A value model of its own has its own learning rate, and AdamW does not
+    # see the scale of a loss: there it acts through the common gradient norm alone. Paper: 0.1.
     vf_coef: float = 0.1
-    """Weight of the value loss [1, eq. 9; D18]. A value model of its own has its own learning rate, and AdamW does not
-    see the scale of a loss: there it acts through the common gradient norm alone. Paper: 0.1."""
+    # A model of its own that starts as the reward model [D10], or a head on the policy's trunk. Paper: separate.
     value_model: Literal["separate", "shared"] = "separate"
-    """A model of its own that starts as the reward model [D10], or a head on the policy's trunk. Paper: separate."""
     whiten_rewards: bool = False  # Scale the rewards to variance 1, mean unshifted [D16]. Paper: no.
     whiten_advantages: bool = True  # Advantages to mean 0, variance 1 over the batch [D16]. Paper: yes.
     missing_eos_score: float = -3.0  # Score of a response that does not end, in place of the model's [D12]. Paper: -1.
+    # Losses are means over all tokens, or over responses of their token means. Paper: token.
     average: Literal["token", "sequence"] = "token"
-    """Losses are means over all tokens, or over responses of their token means. Paper: token."""
+    # A rule in place of the reward model (RLVR [7]): module:function(post, response, record) -> float, where record is
+    # the post's record in the data file. No comparisons, no reward model; the value model starts at 0.
     reward_function: str | None = None
-    """A rule in place of the reward model (RLVR [7]): module:function(post, response, record) -> float, where record
-    is the post's record in the data file. No comparisons, no reward model; the value model starts at 0."""
+    # Stop when a batch's mean KL to the SFT model exceeds this many nats per response. Default: never.
     max_kl: float | None = None
-    """Stop when a batch's mean KL to the SFT model exceeds this many nats per response. Default: never."""
     sample_every: int = 5  # Updates between printed samples.
 
     @property
@@ -1943,20 +1935,20 @@ class Evaluate:
 
     posts: int = 512  # Posts to summarise, at most.
     temperature: float = 0.01  # Sampling temperature, next to greedy. Paper: 0.01.
+    # Who says which summary is better: labeler; reward (what PPO was trained on); the folder of another reward model;
+    # or module:function(post, a, b) -> 1 if a is better, 0 if b, 0.5 if neither, asked in both orders.
     judge: str = "labeler"
-    """Who says which summary is better: labeler; reward (what PPO was trained on); the folder of another reward model;
-    or module:function(post, a, b) -> 1 if a is better, 0 if b, 0.5 if neither, asked in both orders."""
 
 
 @dataclass(frozen=True)
 class Optimizer:
     """AdamW, in every stage that learns: eps 1e-5, no weight decay [D21]."""
 
+    # Memory of squared gradients. Models from scratch learn to copy sooner with a short one, pretrained ones want what
+    # the paper has: 0.999.
     beta2: float = 0.97
-    """Memory of squared gradients. Models from scratch learn to copy sooner with a short one; pretrained ones want
-    0.999. Paper: 0.999."""
+    # Clip the gradient (of policy and value model together) to this norm; 0 never [D22]. Paper: none.
     max_grad_norm: float = 1.0
-    """Clip the gradient (of policy and value model together) to this norm; 0 never [D22]. Paper: none."""
 
 
 @dataclass(frozen=True)
@@ -1964,15 +1956,15 @@ class Compute:
     """Where and in what pieces to compute. Nothing here changes results but for rounding; --resume may change all."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # CUDA if there is a GPU.
+    # Of forward passes; weights are float32 always [D21]. auto: bfloat16 on a GPU, float32 on a CPU.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of forward passes; weights are float32 always [D21]. auto: bfloat16 on a GPU, float32 on a CPU."""
+    # Rows (pairs, for the reward model) per forward and backward pass; changes memory and speed only [D20].
     micro_batch_size: int = 32
-    """Rows (pairs, for the reward model) per forward and backward pass; changes memory and speed only [D20]."""
     sample_batch_size: int = 256  # Rows sampled together.
     checkpoint_minutes: float = 10.0  # Minutes between checkpoints; 0 after every step.
+    # Give each process (torchrun) a share of all weights, gradients and optimizer states (FSDP2) instead of a copy: for
+    # models too large for one GPU.
     shard: bool = False
-    """Give each process (torchrun) a share of all weights, gradients and optimizer states (FSDP2) instead of a copy:
-    for models too large for one GPU."""
 
 
 Stage = Literal["corpus", "pretrain", "sft", "compare", "reward", "ppo", "evaluate"]
@@ -1983,20 +1975,20 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 class Config:
     """PPO for language models: SFT, reward model, PPO, evaluation. Without flags: all of it on a CPU, in minutes."""
 
+    # Stages to run, in this order. corpus, pretrain and compare make what is not given: posts, a base model,
+    # comparisons.
     stages: tuple[Stage, ...] = STAGES
-    """Stages to run, in this order. corpus, pretrain and compare make what is not given: posts, a base model,
-    comparisons."""
     folder: Path | None = None  # Folder of the run, which must not exist. Default: runs/run-001, runs/run-002, ...
+    # Folder of an interrupted run, to go on from its last checkpoint. Its flags hold; learning rates and --compute may
+    # be given anew.
     resume: Path | None = None
-    """Folder of an interrupted run, to go on from its last checkpoint. Its flags hold; learning rates and --compute may
-    be given anew."""
+    # Folders of earlier runs; they stand in for the data and models that this run's stages do not make.
     from_run: tuple[Path, ...] = ()
-    """Folders of earlier runs; they stand in for the data and models that this run's stages do not make."""
+    # Pretrained causal language model to start from: a transformers folder or Hub name. Default: a small new one.
     model: str | None = None
-    """Pretrained causal language model to start from: a transformers folder or Hub name. Default: a small new one."""
     sft_model: str | None = None  # SFT model, instead of this run's or --from-run's.
+    # Reward model (AutoModelForSequenceClassification, one label), instead of this run's or --from-run's.
     reward_model: str | None = None
-    """Reward model (AutoModelForSequenceClassification, one label), instead of this run's or --from-run's."""
     ppo_model: str | None = None  # Policy to evaluate, instead of this run's or --from-run's.
     seed: int = 1  # Seed of everything random but the corpus's split: shuffles, samples, new weights [D25].
     track: bool = False  # Write TensorBoard curves too (needs pip install pmo[track]).
@@ -2236,15 +2228,17 @@ class Run:
             self.folder = config.resume
             record, changes = continued(self.folder, config)
             self.note(changes)
-            self.progress = self.load_progress()
-            self.cut_logs()
+            self.load_progress()
         else:
             self.folder = self.engine.broadcast(fresh_folder(config.folder) if self.engine.rank == 0 else None)
             record = provenance(config)
-        self.write("config.json", partial(write_json, record))
-        if not config.resume:
             self.save_progress(self.progress)
-        self.writer = tensorboard(self.folder) if config.track and self.engine.rank == 0 else None
+        self.write("config.json", partial(write_json, record))
+        self.writer = None
+        if config.track and self.engine.rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(self.folder)
 
     # where things are
 
@@ -2269,8 +2263,7 @@ class Run:
         for folder in folders:
             if (folder / name).exists():
                 return folder / name
-        hint = " (a run's folder holds what its own stages made)" if self.config.from_run else ""
-        raise InputError(f"no {name} in {' or '.join(map(str, folders))}{hint}: {remedy}")
+        raise InputError(f"no {name} in {' or '.join(map(str, folders))}: {remedy}")
 
     def path(self, name: str) -> str | Path:
         """Where the base, sft, reward or ppo model is: given, or made by this run or an earlier one."""
@@ -2379,6 +2372,7 @@ class Run:
                         raise KeyboardInterrupt
             finally:
                 self.in_steps = False
+        self.step = total
 
     def save_progress(self, progress: dict) -> None:
         """In one file, which is replaced whole: a kill at any moment leaves the old one or the new one."""
@@ -2391,20 +2385,18 @@ class Run:
         self.progress = {name: value for name, value in progress.items() if name not in ("model", "optim")}
         self.saved = time.monotonic()
 
-    def load_progress(self) -> dict:
+    def load_progress(self) -> None:
+        """Begin where the checkpoint was written, and forget what was logged later: it will be logged again."""
         path = self.folder / STATE
         refuse(not path.exists(), f"--resume {self.folder} has no {STATE}, so it is finished; --from-run can use it")
         try:  # weights_only: no code runs
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            self.progress = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # whatever a broken file makes torch.load say
             reason = " ".join(str(error).split())[:80]
             raise InputError(f"{path} is not usable ({reason}); --from-run can use what is finished") from None
-
-    def cut_logs(self) -> None:
-        """Forget what was logged after the checkpoint: it will be logged again."""
-        for name in LOGS if self.engine.rank == 0 else ():
-            if (path := self.folder / name).exists():
-                os.truncate(path, min(path.stat().st_size, self.progress["sizes"].get(name, 0)))
+        for log in (self.folder / name for name in LOGS if self.engine.rank == 0):
+            if log.exists():
+                os.truncate(log, min(log.stat().st_size, self.progress["sizes"].get(log.name, 0)))
 
     def stop(self, *_: object) -> None:
         """SIGINT or SIGTERM: finish the step and save, where one can; elsewhere, or the second time, end at once."""
@@ -2416,20 +2408,14 @@ class Run:
     def introduce(self) -> None:
         config, engine = self.config, self.engine
         place = f"{torch.get_num_threads()} threads" if engine.device.type == "cpu" else torch.cuda.get_device_name()
-        precision = "bfloat16" if engine.bfloat16 else "float32"
-        processes = f"{engine.world} processes, " if engine.world > 1 else ""
         self.say(f"pmo: {' > '.join(stage for stage in config.stages if not config.is_given(stage))}")
-        self.say(
-            f"{engine.device.type} ({place}), {precision}, {processes}seed {config.seed}, writing to {self.folder}"
-        )
+        precision = "bfloat16" if engine.bfloat16 else "float32"
+        self.say(f"{engine.world} x {engine.device.type} ({place}), {precision}, seed {config.seed}, in {self.folder}")
         for folder in config.from_run:
             was, now = stored(folder)["config"].get("data", {}), asdict(config.data)
             for name in ("query_tokens", "response_tokens", "query_format"):
                 if was.get(name) != now[name]:
                     self.say(f"note: {folder} had {name} {was.get(name)!r}, this run has {now[name]!r}")
-
-    def how_to_go_on(self) -> str:
-        return f"go on with --resume {self.folder}"
 
     def finish(self) -> None:
         if self.writer:
@@ -2447,6 +2433,8 @@ def check_places(config: Config) -> None:
         refuse(not folder.is_dir(), f"--from-run {folder}: no such folder")
     for flag, path in flags_of({"data": asdict(config.data)}).items():
         refuse(isinstance(path, Path) and not path.is_file(), f"{flag} {path}: no such file")
+    no_tensorboard = config.track and importlib.util.find_spec("tensorboard") is None
+    refuse(no_tensorboard, "--track needs TensorBoard: pip install 'pmo[track]'")
     judge = config.evaluate.judge
     if judge not in ("labeler", "reward") and not Path(judge).is_dir():
         load_function("--evaluate.judge", judge)
@@ -2454,19 +2442,9 @@ def check_places(config: Config) -> None:
         load_function("--ppo.reward-function", config.ppo.reward_function)
 
 
-def tensorboard(folder: Path) -> object:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise InputError("--track needs TensorBoard: pip install 'pmo[track]'") from None
-    return SummaryWriter(folder)
-
-
 def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory"
-    if importlib.util.find_spec("resource") is None:  # Windows
-        return "unknown"
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
@@ -2511,22 +2489,19 @@ def stored(folder: Path) -> dict:
         raise InputError(f"{folder} is not the folder of a run: {error}") from None
 
 
-def may_change(flag: str) -> bool:
-    """Flags that a resumed run may be given anew: where and how to compute; the rates, if it diverged."""
-    return flag.startswith("--compute.") or flag.endswith("lr") or flag in ("--folder", "--resume")
-
-
 def continued(folder: Path, config: Config) -> tuple[dict, list[str]]:
-    """What config.json will say of a run that goes on, and what has changed; refuse flags that may not change."""
+    """What config.json will say of a run that goes on, and what has changed.
+
+    Where and how to compute may change, and the learning rates, if it diverged.
+    """
     record, now = stored(folder), json.loads(json.dumps(provenance(config), default=str))
     was, flags = flags_of(record["config"]), flags_of(now["config"])
-    changed = {
-        flag: f"{flag} was {was.get(flag)}, is {value}" for flag, value in flags.items() if value != was.get(flag)
-    }
-    refused = [text for flag, text in changed.items() if not may_change(flag)]
+    changed = [flag for flag in flags if flags[flag] != was.get(flag) and flag not in ("--folder", "--resume")]
+    told = {flag: f"{flag} was {was.get(flag)}, is {flags[flag]}" for flag in changed}
+    refused = [told[flag] for flag in changed if not flag.startswith("--compute.") and not flag.endswith("lr")]
     refuse(bool(refused), f"--resume {folder} was started with other flags: {'; '.join(refused)}")
-    told = [f"note: {text}" for flag, text in changed.items() if flag not in ("--folder", "--resume")]
-    return record | {"config": now["config"], "resumed": [*record.get("resumed", []), now | {"config": told}]}, told
+    resumed = [*record.get("resumed", []), now | {"config": told}]
+    return record | {"config": now["config"], "resumed": resumed}, [f"note: {text}" for text in told.values()]
 
 
 def arguments_of(folder: Path) -> list[str]:
@@ -2579,12 +2554,10 @@ def start(config: Config) -> Path:
                 work[stage](run)
                 run.leave()
     except Diverged as error:
-        where = f"{run.stage}, step {run.step + 1}"
-        raise Diverged(
-            f"{where}: {error}; {run.how_to_go_on()}, from before this step, where --*lr may change"
-        ) from None
+        where, remedy = f"{run.stage}, step {run.step + 1}", "goes on from before, and learning rates may change"
+        raise Diverged(f"{where}: {error}; --resume {run.folder} {remedy}") from None
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(run.how_to_go_on()) from None
+        raise KeyboardInterrupt(f"go on with --resume {run.folder}") from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
