@@ -1477,10 +1477,10 @@ def test_bfloat16_loses_no_rare_tokens():
     policy, half = tiny_policy("neox", vocab=V, scale=0.1), engine(sample_batch_size=500, bfloat16=True)
     first = torch.tensor([r[0] for r in impl.sample(policy, [[3, 1, 4]] * n, grid, 1.0, EOS, half)])
     with torch.no_grad(), half.autocast():
-        logits = policy(input_ids=torch.tensor([[3, 1, 4]])).logits[0, -1]
+        logits = policy(input_ids=torch.tensor([[3, 1, 4]] * 500)).logits[0, -1]
     cumulative = logits.double().softmax(-1).cumsum(-1)
     for token in range(0, V, 50):
-        assert abs((first <= token).double().mean() - cumulative[token]) < 0.004, f"tokens up to {token}"
+        assert abs((first <= token).double().mean() - cumulative[token]) < 0.001, f"tokens up to {token}"
 
 
 @law(
@@ -3230,6 +3230,7 @@ def asked_for(*flags: object):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pmo.py", *map(str, flags)])
         patch.setattr(impl, "start", started.append)
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))  # main reconfigures it
         impl.main()
     return started[0]
 
@@ -4538,12 +4539,6 @@ def test_any_post_becomes_a_query(post):
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-# -----------------------------------------------------------------------------
-# on a GPU
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
 @gpu
 @law(
     "on a GPU, in bfloat16, a run works and the mean |log ratio| before the first step stays below 0.02",
@@ -4994,7 +4989,10 @@ def benchmark(*flags: str) -> dict:
 
     Weights are --model's, or random; posts those of --data.train, or docstrings. Shares are of what a matrix product
     and a copy reach on this machine; what is counted is the work that the tokens need, padding left out."""
-    config = asked_for(*flags, "--stages", "ppo", "--ppo.sample-every", 10**9)
+    import transformers as hf
+
+    hf.utils.logging.set_verbosity_error()
+    config = asked_for(*flags, "--stages", "ppo")
     run, updates = impl.Run(config), []
     if config.data.train is None:
         impl.corpus(run)
@@ -5024,7 +5022,8 @@ def benchmark(*flags: str) -> dict:
         fastest.append(min(seconds))
     flops, bandwidth = 2 * n**3 / fastest[0], 8 * elements / fastest[1]
     run.enter("ppo")
-    with clocks() as costs:
+    with clocks() as costs, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "show_sample", lambda *args: None)
         log = run.log
         run.log = lambda statistics: (updates.append(Counter(costs)), costs.clear(), log(statistics))
         impl.ppo(run)
