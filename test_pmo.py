@@ -4797,7 +4797,7 @@ MUTANTS = [
     Mutant("minutes between checkpoints are seconds", "test_checkpoints_come_when_they_should", ">= 60 * self.config", ">= self.config"),
     Mutant("a second Ctrl-C is ignored", "test_checkpoints_come_when_they_should", "if self.interrupted or not self.in_steps:", "if not self.in_steps:"),
     Mutant("Ctrl-C after the steps waits", "test_checkpoints_come_when_they_should", "            finally:\n                self.in_steps = False", "            finally:\n                pass"),
-    Mutant("files get their names before they are written", "test_files_are_on_the_disk_before_they_get_their_names", "            to_disk(part)\n", ""),
+    Mutant("files get their names before they are written", "test_files_are_on_the_disk_before_they_get_their_names", '            to_disk(part, *part.rglob("*"))\n', ""),
     Mutant("names may be lost", "test_files_are_on_the_disk_before_they_get_their_names", "            to_disk(target.parent)\n", ""),
     Mutant("a resumed run's warnings forget the updates before", "test_divergence_within_an_update_spares_the_checkpoint", 'load_models(run), run.logged("ppo")', "load_models(run), []"),
     Mutant("TensorBoard counts every update as the first", "test_tracking_writes_the_metrics", "add_scalar(tag, value, self.step)", "add_scalar(tag, value, 0)"),
@@ -4938,6 +4938,24 @@ def clocks() -> Iterator[Counter]:
         yield costs
 
 
+def machine_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Operations and bytes per second of a matrix product and of a copy, the fastest of five."""
+    n, elements = (8192, 2**28) if device.type == "cuda" else (1536, 2**24)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    x, y = (torch.ones(elements, device=device) for _ in range(2))
+    fastest: list[float] = []
+    for work in (lambda: a @ a, lambda: y.copy_(x)):
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        fastest.append(min(seconds))
+    return 2 * n**3 / fastest[0], 8 * elements / fastest[1]
+
+
 def benchmark(*flags: str) -> dict:
     """`python test_pmo.py benchmark [pmo's flags]`: medians of an update's phases, after the first, which warms up.
 
@@ -4961,20 +4979,7 @@ def benchmark(*flags: str) -> dict:
     scalar = impl.ScalarModel.load(run.path("sft"), new_head=impl.rng(config.seed, "reward head"))
     run.write("reward", partial(scalar.save, scalar.state_dict(), tokenizer))
     device, half = run.engine.device, run.engine.bfloat16
-    n, elements = (8192, 2**28) if device.type == "cuda" else (1536, 2**24)
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if half else torch.float32)
-    x, y = (torch.ones(elements, device=device) for _ in range(2))
-    fastest: list[float] = []
-    for work in (lambda: a @ a, lambda: y.copy_(x)):
-        seconds = []
-        for _ in range(5):
-            start = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        fastest.append(min(seconds))
-    flops, bandwidth = 2 * n**3 / fastest[0], 8 * elements / fastest[1]
+    flops, bandwidth = machine_limits(device, torch.bfloat16 if half else torch.float32)
     run.enter("ppo")
     with clocks() as costs, pytest.MonkeyPatch.context() as patch:
         patch.setattr(impl, "show_sample", lambda *args: None)
@@ -4994,9 +4999,7 @@ def benchmark(*flags: str) -> dict:
         "training": 6 * (body * read * (1 + value) + head * written) * epochs,
     }
     # A step of sampling reads the weights once, and for each row the keys and values of all that came before.
-    steps = cost["slots/sampling"] / run.engine.sample_batch_size if ppo.batch_size > run.engine.sample_batch_size else (
-        cost["slots/sampling"] / ppo.batch_size
-    )  # fmt: skip
+    steps = cost["slots/sampling"] / min(ppo.batch_size, run.engine.sample_batch_size)
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     cache = 2 * shape.num_hidden_layers * heads * (shape.hidden_size // shape.num_attention_heads)
     moved = ((body + head) * steps + cache * (read - written / 2) / ppo.batch_size * written) * (2 if half else 4)
