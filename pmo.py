@@ -1693,7 +1693,7 @@ Figures = dict[str, tuple[float, float, float]]  # name -> mean and both ends of
 
 
 def evaluate(run: Run) -> None:
-    """SFT, PPO and the author side by side, with the controls that keep the verdict honest."""
+    """SFT, PPO and the author side by side, with the controls that keep the verdict honest [D24]."""
     config, engine, judge = run.config, run.engine, run.config.evaluate.judge
     codec = run.codec("sft")
     posts, queries = (x[: config.evaluate.posts] for x in read_prompts(run, "test", codec))
@@ -1832,7 +1832,7 @@ def report(
 
 
 def verdict(versus: dict[str, Figures], judge: str, posts: int) -> str:
-    """What moved, where the interval leaves no doubt that it did; of a handful of posts nothing is claimed."""
+    """What moved, where the interval leaves no doubt that it did; of a handful of posts nothing is claimed [D24]."""
     if posts < 30:
         return f"Judged by {judge}: {posts} posts are too few for a verdict."
     lines = [f"Judged by {judge}, in 95% intervals:"]
@@ -2580,7 +2580,7 @@ class Run:
             part = target.with_name(target.name + ".part")
             discard(part)
             function(part)
-            to_disk(part)
+            to_disk(part, *part.rglob("*"))
             if target.is_dir():
                 discard(target)
             part.replace(target)
@@ -2798,9 +2798,9 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def to_disk(path: Path) -> None:
-    """Have a file, or a folder and all in it, written to the disk itself: renaming then survives a power cut too."""
-    for each in (path, *path.rglob("*")) if os.name == "posix" else ():
+def to_disk(*paths: Path) -> None:
+    """Have files and folders written to the disk itself: renaming then survives a power cut too."""
+    for each in paths if os.name == "posix" else ():
         descriptor = os.open(each, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)

@@ -29,6 +29,7 @@ import importlib
 import importlib.util
 import json
 import math
+import operator
 import os
 import sys
 from collections.abc import Callable
@@ -1491,7 +1492,7 @@ def hold_against(arguments: list[str]) -> int:
     return int(pytest.main([__file__, *quiet, *alone, *arguments], plugins=[Table(path)]))
 
 
-if __name__ == "__main__" and sys.argv[1:2] != ["race"]:
+if __name__ == "__main__" and sys.argv[1:2] not in (["race"], ["benchmark"]):  # which stand below
     sys.exit(hold_against(sys.argv[1:]))
 
 # ---- copy up to here: everything above works alone, with any implementation; what follows is pmo's own ----
@@ -1499,16 +1500,21 @@ if __name__ == "__main__" and sys.argv[1:2] != ["race"]:
 # ruff: noqa: E402
 
 import ast
+import contextlib
 import importlib.metadata
 import inspect
+import io
 import itertools
 import re
 import shutil
+import statistics
 import subprocess
 import tempfile
 import textwrap
+import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from types import SimpleNamespace
@@ -1589,6 +1595,31 @@ def everything_of(family: str, batch, temperature: float = 0.7, **kwargs: object
 
 
 families = st.sampled_from(FAMILIES)
+
+
+@contextmanager
+def watching(*names: str) -> Iterator[dict[str, list[tuple]]]:
+    """Inside, calls of these functions are recorded, in order: by name, their arguments and what they returned."""
+    calls: dict[str, list[tuple]] = {name: [] for name in names}
+
+    def remembering(name: str, function: Callable) -> Callable:
+        def call(*args: object, **options: object) -> object:
+            calls[name].append(((*args, *options.values()), function(*args, **options)))
+            return calls[name][-1][1]
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(impl, name, remembering(name, getattr(impl, name)))
+        yield calls
+
+
+def watched(config: object, *names: str) -> dict[str, list[tuple]]:
+    """Run it; all calls of these functions. What `config` builds on was made before, and is not among them."""
+    with watching(*names) as calls:
+        impl.start(config)
+    return calls
 
 
 @law(
@@ -1681,6 +1712,22 @@ def test_sampling_frequencies_are_the_tempered_softmax():
             expected = (policy(input_ids=torch.tensor([query])).logits[0, -1].double() / temperature).softmax(-1)
         frequencies = torch.bincount(torch.tensor(first), minlength=VOCAB).double() / n
         assert (frequencies - expected).abs().max() < 2 / n, f"{family}: {frequencies.tolist()} but {expected.tolist()}"
+
+
+@law(
+    "in bfloat16, too, rare tokens of a large vocabulary are drawn as often as their logits say",
+    "D13, D21: sums of thousands of probabilities need more than eight bits", "sample", "Engine",
+)  # fmt: skip
+def test_bfloat16_loses_no_rare_tokens():
+    n, V = 4000, 1500
+    grid = (torch.arange(n)[:, None] + 0.5) / n
+    policy, half = tiny_policy("neox", vocab=V, scale=0.1), engine(sample_batch_size=500, bfloat16=True)
+    first = torch.tensor([r[0] for r in impl.sample(policy, [[3, 1, 4]] * n, grid, 1.0, EOS, half)])
+    with torch.no_grad(), half.autocast():
+        logits = policy(input_ids=torch.tensor([[3, 1, 4]] * 500)).logits[0, -1]
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    for token in range(0, V, 50):
+        assert abs((first <= token).double().mean() - cumulative[token]) < 0.001, f"tokens up to {token}"
 
 
 @law(
@@ -1895,9 +1942,8 @@ def test_queries_and_responses_are_formatted_as_in_the_paper():
     (query,), (response,) = codec.queries([post]), codec.responses([post.summary])
     decode = tokenizer.decode
     assert (
-        decode(query)
-        == "SUBREDDIT: r/cats\n\nTITLE: a title\n\nPOST: text that says <|endoftext|> and goes on\n\nTL;DR:"
-    )
+        decode(query) == "SUBREDDIT: r/cats\n\nTITLE: a title\n\nPOST: text that says <|endoftext|> and goes on\n\nTL;DR:"
+    )  # fmt: skip
     assert decode(response) == " A summary.<|endoftext|>"
     assert tokenizer.eos_token_id not in query and response.count(tokenizer.eos_token_id) == 1
     assert codec.text(response) == "A summary."
@@ -1923,13 +1969,16 @@ def test_long_queries_lose_paragraphs_and_keep_the_rest(limit):
 
 
 @law(
-    "a title that leaves no room is an error that says so",
-    "contract of truncate_post", "Codec", "train_tokenizer", "Post", "InputError",
+    "a title that leaves no room for a post gives no query; one that just fits does",
+    "contract of truncate_post", "Codec", "train_tokenizer", "Post",
 )  # fmt: skip
-def test_a_title_too_long_is_an_error():
-    codec = impl.Codec(tiny_tokenizer(), impl.Data(query_tokens=10))
-    with pytest.raises(impl.InputError, match="title"):
-        codec.queries([impl.Post("cats", "a title", "text", "")])
+def test_a_title_without_room_gives_no_query():
+    tokenizer, post = tiny_tokenizer(), impl.Post("cats", "a title", "text " * 50, "")
+    empty = len(impl.Codec(tokenizer, impl.Data()).uncut([post._replace(post="")])[0])
+    for limit, length in ((empty, empty), (empty - 1, 0)):
+        assert len(impl.Codec(tokenizer, impl.Data(query_tokens=limit)).queries([post])[0]) == length
+    codec = impl.Codec(tokenizer, impl.Data(query_tokens=60))
+    assert codec.queries([post._replace(title="🙂" * 40), post._replace(title="x" * 500), post])[:2] == [[], []]
 
 
 @law(
@@ -1978,7 +2027,7 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(a, b):
 
 # steps: what one optimizer step does [D6, D12 to D16, D18, D20 to D23]
 
-STEP_NEEDS = ("roll_out", "ppo_losses", "Models", "PPO", "optimizer_step", "adamw", "Engine")
+STEP_NEEDS = ("read_tokens", "ppo_losses", "Models", "PPO", "optimizer_step", "adamw", "Engine")
 
 
 def tiny_models(family: str, shared: bool = False):
@@ -1993,49 +2042,52 @@ def tiny_models(family: str, shared: bool = False):
 
 
 def tiny_rollout(models, config, micro_batch_size: int = 32, rows: int = 8):
-    queries = some_batch(tuple((1 + i % 5, 1) for i in range(rows))).queries
-    return roll_out(models, queries, uniforms(rows, 12), config, engine(micro_batch_size))
+    """A rollout of the policy, with advantages and returns."""
+    queries, machine = some_batch(tuple((1 + i % 5, 1) for i in range(rows))).queries, engine(micro_batch_size)
+    responses = impl.sample(models.policy, queries, uniforms(rows, 12), config.temperature, EOS, machine)
+    batch = impl.Batch(queries, responses)
+    scores = impl.scores_of(models.reward_model, batch, machine)
+    rollout = impl.read_tokens(models, batch, scores, EOS, config.temperature, [list(range(rows))], machine)
+    return impl.credit(rollout, impl.shape_rewards(rollout, config), config)
 
 
-def roll_out(models, queries, numbers, config, machine):
-    score = partial(impl.scores_of, models.reward_model, engine=machine)
-    return impl.roll_out(models, queries, numbers, score, EOS, config, machine)
+def parameters_of(models) -> list[Tensor]:
+    return [p for model in (models.policy, models.value_model) for p in model.parameters() if p.requires_grad]
 
 
-def advantages_and_returns(rollout, config) -> tuple[Tensor, Tensor]:
-    rewards = impl.shape_rewards(rollout, config)
-    advantages, returns = impl.gae(rewards, rollout.values, rollout.mask, config.gamma, config.lam)
-    return impl.whiten(advantages, rollout.mask), returns
+def move_away(models) -> None:
+    """From the policy that rolled out, so that ratios are not 1 and some are clipped."""
+    with torch.no_grad():
+        for p in parameters_of(models):
+            p.add_(0.02 * torch.sin(torch.arange(p.numel())).view_as(p))
 
 
-def gradient_of(
-    losses: Callable[[list[int]], dict[str, Tensor]], groups: list[list[int]], modules: list
-) -> tuple[Tensor, dict]:
+def gradient_of(losses: Callable, minibatch: object, groups: list[list[int]], modules: list) -> tuple[Tensor, dict]:
     """Gradient (one long vector) and statistics of a minibatch cut into these micro-batches."""
     for module in modules:
         module.zero_grad()
     totals: dict[str, float] = {}
     for rows in groups:
-        shares = losses(rows)
+        shares = losses(minibatch[rows], minibatch)
         shares["loss"].backward()
         totals = {name: totals.get(name, 0.0) + share.item() for name, share in shares.items()}
     gradients = [p.grad.flatten() for m in modules for p in m.parameters() if p.grad is not None]
     return torch.cat(gradients).double(), totals
 
 
-def check_splitting(losses: Callable[[list[int]], dict[str, Tensor]], rows: list[int], modules: list) -> None:
+def check_splitting(losses: Callable, minibatch: object, modules: list) -> None:
     """Micro-batches of 1, 2, 4 and N rows give one gradient and one set of statistics."""
-    whole, statistics = gradient_of(losses, [rows], modules)
+    rows = list(range(len(minibatch)))
+    whole, statistics = gradient_of(losses, minibatch, [rows], modules)
     assert whole.norm() > 1e-3, "a gradient of 0 would prove nothing"
     for size in (1, 2, 4):
         groups = [rows[i : i + size] for i in range(0, len(rows), size)]
-        split, split_statistics = gradient_of(losses, groups, modules)
+        split, split_statistics = gradient_of(losses, minibatch, groups, modules)
         error = ((split - whole).norm() / whole.norm()).item()
         assert error < 1e-5, f"micro-batches of {size}: gradient differs by {error:.1e} of its norm"
         for name, value in statistics.items():
-            assert split_statistics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), (
-                f"micro-batches of {size}: {name}"
-            )
+            found = split_statistics[name]
+            assert found == pytest.approx(value, rel=1e-4, abs=1e-6), f"micro-batches of {size}: {name}"
 
 
 @law(
@@ -2046,19 +2098,12 @@ def test_ppo_micro_batches_do_not_change_the_step():
     for family, average, kl_in, value in (
         ("gpt2", "token", "reward", "separate"), ("neox", "sequence", "loss", "separate"), ("llama", "token", "loss", "shared"),
     ):  # fmt: skip
-        config = impl.PPO(average=average, kl_in=kl_in, value_model=value, batch_size=8, num_minibatches=2)
+        config = impl.PPO(average=average, kl_in=kl_in, value_model=value)
         models = tiny_models(family, value == "shared")
         rollout = tiny_rollout(models, config)
-        old = rollout._replace(
-            logprobs=rollout.logprobs + 0.3 * uniforms(*rollout.logprobs.shape, 5).masked_fill(~rollout.mask, 0)
-        )
-        rows = [6, 1, 3, 0, 7]
-        advantages, returns = advantages_and_returns(rollout, config)
-
-        def losses(part, models=models, old=old, a=advantages, r=returns, rows=rows, config=config):
-            return impl.ppo_losses(models, old, a, r, rows, config, engine(), part)
-
-        check_splitting(losses, rows, [models.policy, models.value_model])
+        shift = 0.3 * uniforms(*rollout.logprobs.shape, 5).masked_fill(~rollout.mask, 0)
+        minibatch = replace(rollout, logprobs=rollout.logprobs + shift)[[6, 1, 3, 0, 7]]
+        check_splitting(partial(impl.ppo_losses, models, config), minibatch, [models.policy, models.value_model])
 
 
 @law(
@@ -2067,40 +2112,44 @@ def test_ppo_micro_batches_do_not_change_the_step():
 )  # fmt: skip
 def test_sft_micro_batches_do_not_change_the_step():
     for prompt_weight in (0.0, 0.5):
-        model, batch = tiny_policy("gpt2"), some_batch()
-        losses = lambda rows, m=model, b=batch, w=prompt_weight: impl.language_model_losses(m, b, w, engine(), rows)  # noqa: E731
-        check_splitting(losses, list(range(len(batch))), [model])
+        model = tiny_policy("gpt2")
+        check_splitting(partial(impl.language_model_losses, model, prompt_weight), some_batch(), [model])
 
 
 @law(
     "cutting a reward-model minibatch into micro-batches changes neither its gradient nor its accuracy",
-    "D20", "reward_losses", *ENGINE_NEEDS,
+    "D20", "reward_losses", "Pairs", *ENGINE_NEEDS,
 )  # fmt: skip
 def test_reward_micro_batches_do_not_change_the_step():
-    model, chosen, rejected = tiny_scalar("llama"), some_batch(), some_batch(seed=1)
-    losses = lambda rows: impl.reward_losses(model, chosen, rejected, len(chosen), engine(), rows)  # noqa: E731
-    check_splitting(losses, list(range(len(chosen))), [model.classifier])
+    model = tiny_scalar("llama")
+    pairs = impl.Pairs(some_batch(), some_batch(seed=1))
+    check_splitting(partial(impl.reward_losses, model), pairs, [model.classifier])
 
 
 @law(
-    "SFT's loss is the mean over response tokens, EOS included; the prompt counts only by its weight",
+    "SFT's loss is the mean over response tokens, EOS included; the prompt counts only by its weight, and where no query has "
+    "a token to predict it counts nothing",
     "D4, D6", "language_model_losses", *ENGINE_NEEDS,
 )  # fmt: skip
 def test_sft_loss_is_over_response_tokens_and_eos():
-    model, batch = tiny_policy("gpt2"), some_batch()
-    of_query, of_response = [], []
-    for query, response in zip(batch.queries, batch.responses):
-        tokens = query + response
-        with torch.no_grad():
-            table = model(input_ids=torch.tensor([tokens])).logits[0].double().log_softmax(-1)
-        losses = [-table[t - 1, tokens[t]].item() for t in range(1, len(tokens))]
-        of_query += losses[: len(query) - 1]
-        of_response += losses[len(query) - 1 :]
-    mean_query, mean_response = (sum(x) / len(x) for x in (of_query, of_response))
-    rows = list(range(len(batch)))
-    for weight in (0.0, 0.5, 1.0):
-        losses = impl.language_model_losses(model, batch, weight, engine(), rows)
-        close(losses["loss"].detach(), mean_response + weight * mean_query, tolerance=1e-5)
+    model = tiny_policy("gpt2")
+    for batch in (some_batch(), some_batch(((1, 3), (1, 5)))):
+        of_query, of_response = [], []
+        for query, response in zip(batch.queries, batch.responses):
+            tokens = query + response
+            with torch.no_grad():
+                table = model(input_ids=torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+            losses = [-table[t - 1, tokens[t]].item() for t in range(1, len(tokens))]
+            of_query += losses[: len(query) - 1]
+            of_response += losses[len(query) - 1 :]
+        mean_query, mean_response = (sum(x) / max(1, len(x)) for x in (of_query, of_response))
+        for weight in (0.0, 0.5, 1.0):
+            losses = impl.language_model_losses(model, weight, batch, batch)
+            close(losses["loss"].detach(), mean_response + weight * mean_query, tolerance=1e-5)
+            close(losses["loss/response"].detach(), mean_response, tolerance=1e-5)
+            model.zero_grad()
+            losses["loss"].backward()
+            assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 @law(
@@ -2109,17 +2158,30 @@ def test_sft_loss_is_over_response_tokens_and_eos():
 )  # fmt: skip
 def test_ratio_is_one_before_the_first_step():
     for family in FAMILIES:
-        config = impl.PPO(batch_size=8, num_minibatches=1)
-        models = tiny_models(family)
+        config, models = impl.PPO(), tiny_models(family)
         rollout = tiny_rollout(models, config, micro_batch_size=3)
-        advantages, returns = advantages_and_returns(rollout, config)
-        rows = list(range(8))
-        for part in ([0], rows):
-            shares = impl.ppo_losses(models, rollout, advantages, returns, part, config, engine(), part)
+        for part in (rollout[[0]], rollout):
+            shares = impl.ppo_losses(models, config, part, part)
             assert shares["policy/approxkl"].item() <= 1e-8
             assert abs(shares["val/ratio"].item() - 1) <= 1e-4
             assert shares["policy/abs_log_ratio"].item() <= 1e-4
             assert shares["policy/clipfrac"].item() == 0
+
+
+@law(
+    "the policy reads a rollout in the very micro-batches of the first epoch: the same rows, side by side, equally wide",
+    "D14: kernels round by shape, and the first ratio should be 1 in bfloat16, too", "read_tokens", "ppo",
+    "logits_and_values", "start", "Config",
+)  # fmt: skip
+def test_rollouts_are_read_in_the_first_epochs_micro_batches():
+    config = stage_config("read", "ppo", compute=impl.Compute(micro_batch_size=3))
+    layouts = [args[2].tokens for args, _ in watched(config, "logits_and_values")["logits_and_values"]]
+    groups = 6  # of 2 minibatches of 8 rows, in threes
+    assert len(layouts) == 3 * groups * (1 + config.ppo.num_ppo_epochs)
+    for update in range(0, len(layouts), 3 * groups):
+        read, first, second = (layouts[update + groups * i : update + groups * (i + 1)] for i in range(3))
+        assert all(a.shape == b.shape and a.equal(b) for a, b in zip(read, first))
+        assert not all(a.shape == b.shape and a.equal(b) for a, b in zip(first, second)), "epochs differ"
 
 
 @law(
@@ -2137,13 +2199,11 @@ def test_rollout_holds_what_each_model_said():
         here = slice(len(query) - 1, len(query) + n - 1)
         with torch.no_grad():
             tables = [
-                (m(input_ids=tokens).logits[0, here].double() / 0.7).log_softmax(-1)
-                for m in (models.policy, models.ref_policy)
-            ]
+                (m(input_ids=tokens).logits[0, here].double() / 0.7).log_softmax(-1) for m in (models.policy, models.ref_policy)
+            ]  # fmt: skip
             value = (
-                models.value_model.classifier(input_ids=tokens[:, : len(query)]).logits.item()
-                + models.value_model.bias.item()
-            )
+                models.value_model.classifier(input_ids=tokens[:, : len(query)]).logits.item() + models.value_model.bias.item()
+            )  # fmt: skip
         for result, table in zip((rollout.logprobs, rollout.ref_logprobs), tables):
             close(result[i, :n], [table[t, token].item() for t, token in enumerate(response)], tolerance=1e-5)
         close(rollout.entropy[i, :n], -(tables[0].exp() * tables[0]).sum(-1), tolerance=1e-5)
@@ -2159,30 +2219,27 @@ def invented_rollout(s: Sequences, ended: list[bool]):
     columns = {name: s.dense(name) for name in "abc"}
     batch = impl.Batch([[1]] * len(ended), [[0] * (n - 1) + [EOS if e else 0] for n, e in zip(s.lengths, ended)])
     return impl.Rollout(
-        batch,
-        s.mask(),
-        columns["a"],
-        columns["b"],
-        columns["c"].abs(),
-        columns["c"],
-        columns["c"][:, 0],
+        batch, s.mask(), columns["a"], columns["b"], columns["c"].abs(), columns["c"], columns["c"][:, 0],
         torch.tensor(ended),
-    )
+    )  # fmt: skip
 
 
 @law(
-    "rewards are −β·KL per token and the score, or the missing-EOS score, at the end; as a loss, KL costs no reward",
+    "rewards are −β·KL per token, by the estimator asked for, and the score, or the missing-EOS score, at the end; as a loss, "
+    "KL costs no reward",
     "D12, D15, D16", "shape_rewards", "Rollout", "PPO", s=sequences("a", "b", "c"), flips=st.integers(0, 15),
+    kind=st.sampled_from([None, "k1", "k2", "k3"]),
 )  # fmt: skip
-def test_rewards_follow_the_flags(s, flips):
+def test_rewards_follow_the_flags(s, flips, kind):
     ended = [bool(flips >> i & 1) for i in range(len(s.lengths))]
     rollout = invented_rollout(s, ended)
+    price = {"k2": lambda x: x * x / 2, "k3": lambda x: math.exp(-x) - 1 + x}.get(kind, lambda x: x)
     for kl_in in ("reward", "loss"):
         beta = 0.25 if kl_in == "reward" else 0.0
-        expected = [[-beta * (p - q) for p, q in zip(*rows)] for rows in zip(s.a, s.b)]
+        expected = [[-beta * price(p - q) for p, q in zip(*rows)] for rows in zip(s.a, s.b)]
         for row, values, end in zip(expected, s.c, ended):
             row[-1] += values[0] if end else -2.0
-        config = impl.PPO(kl_coef=0.25, kl_in=kl_in, missing_eos_score=-2.0)
+        config = impl.PPO(kl_coef=0.25, kl_in=kl_in, missing_eos_score=-2.0, kl_estimator=kind)
         rewards = impl.shape_rewards(rollout, config)
         close(rewards, padded(expected, max(s.lengths)))
         white = impl.shape_rewards(rollout, replace(config, whiten_rewards=True))
@@ -2203,97 +2260,103 @@ def test_rollout_statistics_are_what_their_names_say(s):
     kl = sum(p - q for a, b in zip(s.a, s.b) for p, q in zip(a, b)) / n
     entropies = [abs(x) for row in s.c for x in row]
     expected = {
-        "objective/kl": kl,
-        "objective/entropy": sum(entropies) / n,
+        "objective/kl": kl, "objective/entropy": sum(entropies) / n,
         "objective/scores": sum(row[0] if end else -3.0 for row, end in zip(s.c, ended)) / n,
-        "objective/non_score_reward": -0.25 * kl,
-        "objective/rlhf_reward": rewards.sum().item() / n,
-        "policy/entropy": sum(entropies) / len(entropies),
-        "val/eos_rate": sum(ended) / n,
-        "val/num_eos_tokens": sum(ended),
-        "val/response_tokens": sum(s.lengths) / n,
-        "val/longest_response": max(s.lengths),
-    }
+        "objective/non_score_reward": -0.25 * kl, "objective/rlhf_reward": rewards.sum().item() / n,
+        "policy/entropy": sum(entropies) / len(entropies), "val/eos_rate": sum(ended) / n, "val/num_eos_tokens": sum(ended),
+        "val/response_tokens": sum(s.lengths) / n, "objective/raw_scores": sum(row[0] for row in s.c) / n
+    }  # fmt: skip
     assert statistics.keys() == expected.keys()
     for name, value in expected.items():
         assert statistics[name] == pytest.approx(value, abs=1e-6), name
 
 
 @law(
-    "the PPO loss is the clipped surrogate plus vf_coef times the clipped value error, over the minibatch's tokens; "
-    "clipfrac counts the tokens whose clipped term is chosen",
+    "the PPO loss is the clipped surrogate plus vf_coef times the clipped value error, over the minibatch's tokens or as the "
+    "mean of its responses' means; statistics are means over tokens always, clipfrac of those whose clipped term is chosen",
     "[1] eq. 9; D18, D23", *STEP_NEEDS,
 )  # fmt: skip
 def test_ppo_loss_adds_up():
-    config = impl.PPO(batch_size=8, num_minibatches=1, vf_coef=0.25)
+    config = impl.PPO(vf_coef=0.25, cliprange=0.1, cliprange_value=0.3)
     models = tiny_models("neox")
     rollout = tiny_rollout(models, config)
-    advantages, returns = advantages_and_returns(rollout, config)
     shift = (uniforms(*rollout.logprobs.shape, 7) - 0.5).masked_fill(~rollout.mask, 0)
-    old = rollout._replace(logprobs=rollout.logprobs - shift, values=rollout.values - shift)
-    rows = [2, 0, 5, 7]
-    shares = {
-        k: v.item() for k, v in impl.ppo_losses(models, old, advantages, returns, rows, config, engine(), rows).items()
-    }
-    policy_terms, value_terms, clipped, value_clipped, ratios_seen = [], [], 0, 0, []
-    for i in rows:
+    old = replace(rollout, logprobs=rollout.logprobs - shift, values=rollout.values - shift)[[2, 0, 5, 7]]
+    terms: dict[str, list[list[float]]] = {}  # by name, one list for each response
+    for i in (2, 0, 5, 7):
+        row: dict[str, list[float]] = {}
         for t in range(int(rollout.mask[i].sum())):
-            ratio, A = math.exp(shift[i, t]), advantages[i, t].item()
-            bounded = min(max(ratio, 0.8), 1.2)
-            policy_terms.append(max(-ratio * A, -bounded * A))
-            clipped += -bounded * A > -ratio * A
-            ratios_seen.append(ratio)
-            v, v_old, target = rollout.values[i, t].item(), old.values[i, t].item(), returns[i, t].item()
-            near = v_old + min(max(v - v_old, -0.2), 0.2)
-            value_clipped += (near - target) ** 2 > (v - target) ** 2
-            value_terms.append(max((v - target) ** 2, (near - target) ** 2) / 2)
-    n = len(policy_terms)
-    expected = {
-        "loss/policy": sum(policy_terms) / n,
-        "loss/value": sum(value_terms) / n,
-        "loss": sum(policy_terms) / n + 0.25 * sum(value_terms) / n,
-        "policy/clipfrac": clipped / n,
-        "val/ratio": sum(ratios_seen) / n,
-        "val/clipfrac": value_clipped / n,
-        "policy/approxkl": sum(math.log(r) ** 2 for r in ratios_seen) / 2 / n,
-    }
-    assert 0 < clipped < n, "the example should clip some tokens and not others"
-    for name, value in expected.items():
-        assert shares[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+            log_ratio, A = shift[i, t].item(), rollout.advantages[i, t].item()
+            ratio, bounded = math.exp(log_ratio), min(max(math.exp(log_ratio), 0.9), 1.1)
+            v, target = rollout.values[i, t].item(), rollout.returns[i, t].item()
+            v_old = v - shift[i, t].item()
+            near = v_old + min(max(v - v_old, -0.3), 0.3)
+            token = {
+                "loss/policy": max(-ratio * A, -bounded * A), "loss/value": max((v - target) ** 2, (near - target) ** 2) / 2,
+                "policy/clipfrac": -bounded * A > -ratio * A, "val/clipfrac": (near - target) ** 2 > (v - target) ** 2,
+                "val/ratio": ratio, "policy/approxkl": log_ratio**2 / 2, "policy/abs_log_ratio": abs(log_ratio),
+            }  # fmt: skip
+            for name, value in token.items():
+                row.setdefault(name, []).append(float(value))
+        for name, values in row.items():
+            terms.setdefault(name, []).append(values)
+    lengths = {len(row) for row in terms["loss/policy"]}
+    assert len(lengths) > 1, "the example should have responses of unequal lengths"
+    for average in ("token", "sequence"):
+        shares = impl.ppo_losses(models, replace(config, average=average), old, old)
+        expected = {name: sum(map(sum, rows)) / sum(map(len, rows)) for name, rows in terms.items()}
+        assert 0 < expected["policy/clipfrac"] < 1, "the example should clip some tokens and not others"
+        if average == "sequence":
+            expected |= {k: sum(sum(row) / len(row) for row in terms[k]) / 4 for k in ("loss/policy", "loss/value")}
+        expected["loss"] = expected["loss/policy"] + 0.25 * expected["loss/value"]
+        assert shares.keys() == expected.keys()
+        for name, value in expected.items():
+            assert shares[name].item() == pytest.approx(value, rel=1e-4, abs=1e-5), f"{average}: {name}"
 
 
 @law(
-    "KL as a loss adds β times its estimate, with k2's gradient by default; the estimate in the reward is k1 by default",
+    "KL as a loss adds β times its estimate, value and gradient, k2's by default; the estimate in the reward is k1 by default",
     "D15", *STEP_NEEDS,
 )  # fmt: skip
 def test_kl_in_the_loss_adds_its_price():
-    config = impl.PPO(batch_size=8, num_minibatches=1, kl_in="loss", kl_coef=0.5)
-    assert config.kl_kind == "k2" and impl.PPO().kl_kind == "k1" and impl.PPO(kl_estimator="k3").kl_kind == "k3"
-    models = tiny_models("llama")
-    rollout = tiny_rollout(models, config)
-    advantages, returns = advantages_and_returns(rollout, config)
-    rows = list(range(8))
-    with_kl, without = (
-        impl.ppo_losses(models, rollout, advantages, returns, rows, c, engine(), rows)["loss"]
-        for c in (config, replace(config, kl_coef=0.0))
-    )
-    k2 = (rollout.logprobs - rollout.ref_logprobs).square() / 2
-    close((with_kl - without).detach(), 0.5 * k2[rollout.mask].mean(), tolerance=1e-4)
+    assert impl.PPO(kl_in="loss").kl_kind == "k2" and impl.PPO().kl_kind == "k1"
+    for kind in (None, "k1", "k3"):
+        config = impl.PPO(kl_in="loss", kl_coef=0.5, kl_estimator=kind)
+        models = tiny_models("llama")
+        rollout = tiny_rollout(models, config)
+        move_away(models)
+        with_kl, without = (
+            impl.ppo_losses(models, c, rollout, rollout)["loss"] for c in (config, replace(config, kl_coef=0.0))
+        )
+        layout = impl.lay_out(rollout.batch)
+        logprobs = impl.response_logprobs(models.policy, layout, config.temperature)
+        price = 0.5 * impl.kl_estimate(logprobs, rollout.ref_logprobs, kind or "k2")[rollout.mask].mean()
+        close((with_kl - without).detach(), price.detach(), tolerance=1e-4)
+        parameters = list(models.policy.parameters())
+        for ours, theirs in zip(*(torch.autograd.grad(x, parameters) for x in (with_kl - without, price))):
+            close(ours, theirs, tolerance=1e-4)
+
+
+def numbered(n: int):
+    """A minibatch whose rows are told apart by their query."""
+    return impl.Batch([[i] for i in range(n)], [[EOS]] * n)
 
 
 @law(
     "AdamW with eps 1e-5 and no weight decay; a gradient beyond the limit is scaled to it; the gradient before is reported",
-    "D21, D22; [4] detail 'Adam epsilon'", "adamw", "optimizer_step", "Engine",
+    "D21, D22; [4] detail 'Adam epsilon'", "adamw", "optimizer_step", "Engine", "Optimizer",
 )  # fmt: skip
 def test_optimizer_steps_are_adams_with_clipped_gradients():
     for limit, scale in ((1.0, 1.0), (0.0, 1.0), (1.0, 1e-6)):
         x = torch.nn.Parameter(torch.tensor([3.0, -4.0]))
-        optimizer = impl.adamw({"params": [x], "lr": 0.1})
+        optimizer = impl.adamw(impl.Optimizer(max_grad_norm=limit), (torch.nn.ParameterList([x]), 0.1))
         group = optimizer.param_groups[0]
         assert group["eps"] == 1e-5 and group["weight_decay"] == 0
-        statistics = impl.optimizer_step(
-            engine(max_grad_norm=limit), optimizer, [[0], [1]], lambda rows, x=x: {"loss": scale * x[rows[0]] ** 2 / 2}
-        )
+
+        def losses(part, whole, x=x, scale=scale) -> dict[str, Tensor]:
+            return {"loss": scale * x[part.queries[0][0]] ** 2 / len(whole)}
+
+        statistics = impl.optimizer_step(engine(1), optimizer, numbered(2), losses)
         gradient = scale * torch.tensor([3.0, -4.0])
         assert x.grad.norm().item() == pytest.approx(min(5 * scale, limit or math.inf), rel=1e-4)
         assert statistics["grad_norm"] == pytest.approx(5 * scale) and statistics["loss"] == pytest.approx(12.5 * scale)
@@ -2304,34 +2367,52 @@ def test_optimizer_steps_are_adams_with_clipped_gradients():
 
 @law(
     "a loss or gradient that is not finite stops the run and leaves the weights as they were",
-    "D22", "adamw", "optimizer_step", "Engine", "InputError", bad=st.sampled_from([math.nan, math.inf]),
+    "D22", "adamw", "optimizer_step", "Engine", "InputError", bad=st.sampled_from([math.nan, math.inf, 0.0]),
 )  # fmt: skip
 def test_non_finite_losses_stop_before_the_step(bad):
     x = torch.nn.Parameter(torch.ones(1))
-    optimizer = impl.adamw({"params": [x], "lr": 0.1})
-    with pytest.raises(impl.InputError, match="loss"):
-        impl.optimizer_step(engine(), optimizer, [[0]], lambda rows: {"loss": (x * bad).sum()})
+    optimizer = impl.adamw(impl.Optimizer(), (torch.nn.ParameterList([x]), 0.1))
+    loss = {0.0: lambda: (x - 1).sqrt().sum()}.get(bad, lambda: (x * bad).sum())  # the root's slope at 0 is infinite
+    with pytest.raises(impl.InputError, match="grad_norm is" if bad == 0 else "loss is"):
+        impl.optimizer_step(engine(), optimizer, numbered(1), lambda part, whole: {"loss": loss()})
     assert x.item() == 1.0
 
 
 @law(
-    "learning rates warm up, then fall to 0 along a half cosine",
-    "D21", "warmup", "cosine", steps=st.integers(1, 50),
+    "learning rates warm up, then fall to 0 along a half cosine, each from its own start",
+    "D21", "warmup", "cosine", "set_lr", steps=st.integers(1, 50),
 )  # fmt: skip
 def test_schedules_rise_and_fall(steps):
     factors = [impl.warmup(i, 10 * steps) for i in range(steps + 3)]
     assert factors == sorted(factors) and 0 < factors[0] <= 1 and factors[steps - 1 :] == [1.0] * 4
     assert impl.warmup(48, 10**6) < impl.warmup(49, 10**6) == 1.0
     assert impl.cosine(0) == 1 and impl.cosine(1) == pytest.approx(0) and impl.cosine(0.5) == pytest.approx(0.5)
+    x, y = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    optimizer = impl.adamw(impl.Optimizer(), *((torch.nn.ParameterList([z]), lr) for z, lr in ((x, 0.1), (y, 0.3))))
+    for factor in (0.5, 1 / steps):
+        impl.set_lr(optimizer, factor)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1 * factor, 0.3 * factor])
+
+
+@law(
+    "an update's statistics are the means of its steps', `first_` its first step's",
+    "D14, D23", "step_statistics",
+)  # fmt: skip
+def test_an_updates_statistics_are_means_of_its_steps():
+    names = ("loss", "policy/approxkl", "policy/abs_log_ratio")
+    steps = [dict(zip(names, (i, 10 * i, 100 * i))) for i in (1.0, 2.0, 6.0)]
+    means = dict(zip(names, (3, 30, 300)))
+    first = {"policy/first_approxkl": 10.0, "policy/first_abs_log_ratio": 100.0}
+    assert impl.step_statistics(steps) == pytest.approx(means | first)
 
 
 @law(
     "a tie counts half, in the reward model's accuracy and wherever writers are compared",
-    "D8, D24", "win_rate",
+    "D8, D24", "wins_of",
 )  # fmt: skip
 def test_ties_count_half():
-    close(impl.win_rate(torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 2.0, 4.0, 0.0])), 0.5)
-    close(impl.win_rate(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0])), 0.75)
+    close(impl.wins_of(torch.tensor([1.0, 2.0, 3.0, 0.0]), torch.tensor([0.0, 2.0, 4.0, 0.0])).mean(), 0.5)
+    close(impl.wins_of(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 1.0])).mean(), 0.75)
 
 
 # -----------------------------------------------------------------------------
@@ -2362,7 +2443,7 @@ def tiny_config(name: str, seed: int = 1, **changes: object):
     """Every stage, seconds in all."""
     train, valid = toy_files()
     config = impl.Config(
-        name=name, out=workshop() / "runs", seed=seed,
+        folder=workshop() / "runs" / name, seed=seed,
         data=impl.Data(train=train, valid=valid, query_tokens=60, response_tokens=16, comparison_tokens=20),
         pretrain=impl.Pretrain(width=32, heads=2, vocab_size=400, epochs=8),
         sft=impl.SFT(epochs=12),
@@ -2379,13 +2460,14 @@ def finished_run(name: str = "whole", seed: int = 1, **changes: object) -> Path:
     return folder
 
 
+def stage_config(name: str, *stages: str, **changes: object):
+    """Some stages alone, on what the finished run holds."""
+    return tiny_config(name, **{"stages": stages, "from_run": (finished_run(),)} | changes)
+
+
 def metrics_of(folder: Path, timings: bool = False) -> list[dict]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return (
-        records
-        if timings
-        else [{k: v for k, v in record.items() if k != "seconds" and not k.startswith("time/")} for record in records]
-    )
+    return records if timings else [{k: v for k, v in record.items() if k != "seconds"} for record in records]
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
@@ -2404,6 +2486,7 @@ def test_a_run_leaves_everything_it_promises():
     folder = finished_run()
     for name in ("config.json", "metrics.jsonl", "samples.jsonl", "eval.json", "sft", "reward", "ppo"):
         assert (folder / name).exists(), f"no {name}"
+    assert not list(folder.rglob("*.p*t")), "a finished run has neither checkpoint nor parts of files"
     for name in ("sft", "ppo"):
         hf.AutoModelForCausalLM.from_pretrained(folder / name)
         assert hf.AutoTokenizer.from_pretrained(folder / name).eos_token_id is not None
@@ -2432,6 +2515,9 @@ def test_a_run_logs_finite_numbers_and_ratio_one():
         assert record["policy/first_approxkl"] <= 1e-8 and record["policy/first_abs_log_ratio"] <= 1e-4
     assert updates[0]["objective/kl"] == 0 and updates[2]["objective/kl"] != 0
     assert [record["lr"] for record in updates] == pytest.approx([4e-4, 4e-4 * 2 / 3, 4e-4 / 3])
+    for stage, figure in (("sft", "valid/loss"), ("reward", "valid/accuracy all")):
+        *steps, last = (record for record in records if record["stage"] == stage)
+        assert figure in last and [record["step"] for record in (*steps, last)] == list(range(len(steps) + 1))
 
 
 @law(
@@ -2441,37 +2527,30 @@ def test_a_run_logs_finite_numbers_and_ratio_one():
 def test_frozen_models_stay_frozen():
     folder = finished_run()
     files = {p: p.read_bytes() for name in ("sft", "reward") for p in (folder / name).iterdir()}
-    models, load = [], impl.load_models
-
-    def remember(run):
-        models.append(load(run))
-        frozen = (models[0].ref_policy, models[0].reward_model)
-        models.append([{k: v.clone() for k, v in m.state_dict().items()} for m in frozen])
-        return models[0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(impl, "load_models", remember)
-        impl.start(tiny_config("again", stages=("ppo",), from_run=folder))
-    for model, before in zip((models[0].ref_policy, models[0].reward_model), models[1]):
-        assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+    models = watched(stage_config("again", "ppo"), "load_models")["load_models"][0][1]
+    for model, frozen in ((models.ref_policy, weights_of(folder / "sft")), (models.reward_model.classifier, weights_of(folder / "reward"))):  # fmt: skip
+        assert all(model.state_dict()[name].equal(value) for name, value in frozen.items())
+    assert models.reward_model.bias.item() == impl.ScalarModel.load(folder / "reward").bias.item()
     assert all(path.read_bytes() == content for path, content in files.items())
     after, before = weights_of(workshop() / "runs" / "again" / "ppo"), weights_of(folder / "sft")
     assert any(not after[name].equal(before[name]) for name in before), "PPO trained nothing"
-    assert after.keys() == weights_of(folder / "ppo").keys()
-    assert all(x.equal(weights_of(folder / "ppo")[name]) for name, x in after.items()), (
-        "PPO alone is not PPO in the run"
-    )
+    whole = weights_of(folder / "ppo")
+    assert after.keys() == whole.keys()
+    assert all(x.equal(whole[name]) for name, x in after.items()), "PPO alone is not PPO in the run"
 
 
 @law(
-    "the same seed gives the same numbers, another seed others",
-    "D25", *RUN_NEEDS,
+    "the same seed gives the same numbers, another seed others, new weights included",
+    "D25", *RUN_NEEDS, "small_model",
 )  # fmt: skip
 def test_a_seed_decides_everything():
     first, again, other = finished_run(), finished_run("repeated"), finished_run("other seed", seed=2)
     assert metrics_of(first) == metrics_of(again)
     assert metrics_of(first) != metrics_of(other)
     assert all(x.equal(weights_of(again / "ppo")[name]) for name, x in weights_of(first / "ppo").items())
+    size, tokenizer = impl.Pretrain(width=32, heads=2), tiny_tokenizer()
+    a, b, c = (impl.small_model(size, tokenizer, seed).lm_head.weight for seed in (1, 1, 2))
+    assert a.equal(b) and not a.equal(c)
 
 
 @law(
@@ -2489,43 +2568,33 @@ def test_the_reward_model_of_a_run_is_centred():
 
 @law(
     "every epoch of PPO uses every rollout once, in minibatches of the size asked for and in a new order",
-    "D19", *RUN_NEEDS, "ppo", "ppo_losses",
+    "D19", *RUN_NEEDS, "ppo", "optimizer_step",
 )  # fmt: skip
 def test_ppo_uses_every_rollout_once_per_epoch():
-    seen, losses = [], impl.ppo_losses
-
-    def remember(models, rollout, advantages, returns, minibatch, *rest):
-        seen.append(tuple(minibatch))
-        return losses(models, rollout, advantages, returns, minibatch, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(impl, "ppo_losses", remember)
-        config = tiny_config("epochs", stages=("ppo",), from_run=finished_run())
-        impl.start(replace(config, ppo=replace(config.ppo, total_episodes=32, num_ppo_epochs=3)))
+    config = stage_config("epochs", "ppo")
+    config = replace(config, ppo=replace(config.ppo, total_episodes=32, num_ppo_epochs=3))
+    seen = [
+        [tuple(q) for q in args[2].batch.queries] for args, _ in watched(config, "optimizer_step")["optimizer_step"]
+    ]
     epochs = [seen[i] + seen[i + 1] for i in range(0, len(seen), 2)]
-    assert len(epochs) == 6 and all(sorted(epoch) == list(range(16)) for epoch in epochs)
-    assert len(set(epochs)) == 6
+    assert len(epochs) == 6 and all(len(minibatch) == 8 for minibatch in seen)
+    for update in (epochs[:3], epochs[3:]):
+        assert len({tuple(sorted(epoch)) for epoch in update}) == 1 and len(set(update[0])) == 16
+        assert len(set(map(tuple, update))) == 3
 
 
 @law(
     "advantages are whitened over the whole batch before any minibatch is cut, or left alone if asked",
-    "D16; [4] detail 'advantage whitening'", *RUN_NEEDS, "ppo", "ppo_losses",
+    "D16; [4] detail 'advantage whitening'", *RUN_NEEDS, "ppo", "optimizer_step",
 )  # fmt: skip
 def test_ppo_whitens_advantages_over_the_batch():
-    seen, losses = [], impl.ppo_losses
-
-    def remember(models, rollout, advantages, *rest):
-        seen.append(advantages[rollout.mask])
-        return losses(models, rollout, advantages, *rest)
-
     for name, white in (("whitened", True), ("not whitened", False)):
-        seen.clear()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(impl, "ppo_losses", remember)
-            config = tiny_config(name, stages=("ppo",), from_run=finished_run())
-            impl.start(replace(config, ppo=replace(config.ppo, total_episodes=16, whiten_advantages=white)))
-        is_white = abs(seen[0].mean().item()) < 1e-4 and abs(seen[0].std(correction=0).item() - 1) < 1e-3
-        assert is_white == white
+        config = stage_config(name, "ppo")
+        config = replace(config, ppo=replace(config.ppo, total_episodes=16, whiten_advantages=white))
+        parts = [args[2] for args, _ in watched(config, "optimizer_step")["optimizer_step"]][:2]
+        one, both = parts[0].advantages[parts[0].mask], torch.cat([part.advantages[part.mask] for part in parts])
+        is_white = abs(both.mean().item()) < 1e-4 and abs(both.std(correction=0).item() - 1) < 1e-3
+        assert is_white == white and abs(one.mean().item()) > 1e-4
 
 
 @law(
@@ -2533,36 +2602,37 @@ def test_ppo_whitens_advantages_over_the_batch():
     "README: flags", *RUN_NEEDS, "ppo",
 )  # fmt: skip
 def test_variants_of_ppo_run():
-    base = tiny_config("unused").ppo
+    base = replace(tiny_config("unused").ppo, total_episodes=16)
     finished_run("plain", reward=impl.Reward(pretraining_pairs=0))
     variants = {
-        "shared": replace(base, total_episodes=16, value_model="shared", whiten_rewards=True),
-        "kl loss": replace(base, total_episodes=16, kl_in="loss", average="sequence"),
-        "k3": replace(base, total_episodes=16, kl_estimator="k3"),
-    }
-    for name, config in variants.items():
-        impl.start(tiny_config(name, stages=("ppo", "evaluate"), from_run=finished_run(), ppo=config))
+        "shared": replace(base, value_model="shared", whiten_rewards=True),
+        "kl loss": replace(base, kl_in="loss", average="sequence"), "k3": replace(base, kl_estimator="k3")
+    }  # fmt: skip
+    for name, ppo in variants.items():
+        impl.start(stage_config(name, "ppo", "evaluate", ppo=ppo))
         assert (workshop() / "runs" / name / "ppo" / "model.safetensors").exists()
 
 
 @law(
     "comparisons name as chosen the text the labeler scores higher, drop ties, and put it first as often as second",
-    "README: the labeler", *RUN_NEEDS, "judge", "Labeler",
+    "README: the labeler", *RUN_NEEDS, "compared_by", "Labeler",
 )  # fmt: skip
 def test_comparisons_are_the_labelers():
-    folder, posts = finished_run(), toy_posts(60)
+    path, posts = finished_run() / "data" / "comparisons_train.jsonl", toy_posts(60)
     labeler = impl.Labeler(posts)
-    records, _ = impl.read_records(folder / "data" / "comparisons_train.jsonl", impl.parse_comparison)
-    for record in records:
+    records, _ = impl.read_records(path, impl.parse_comparison)
+    first: dict[tuple, list[bool]] = {}
+    for record, line in zip(records, path.read_text().splitlines()):
         assert labeler.score(record.post, record.chosen) > labeler.score(record.post, record.rejected)
-    assert {record.kinds for record in records} == {("sft vs sft",), ("other post vs sft",)}
+        first.setdefault(record.kinds, []).append(json.loads(line)["choice"] == 0)
+    assert first.keys() == {("sft vs sft",), ("other post vs sft",)}
+    for kind, share in ((kind, sum(x) / len(x)) for kind, x in first.items()):
+        assert 0.25 < share < 0.75, f"{kind}: the better stands first in {share:.0%}"
     good, bad = ("sft", "About cats."), ("sft", "About trains.")
-    for first, second, flip in itertools.product((good, bad), (good, bad), (False, True)):
-        found = [impl.parse_comparison(r) for r in impl.judge(labeler, posts[0], first, second, flip)]
-        assert [(c.chosen, c.rejected) for c in found] == (
-            [] if first == second else [("About cats.", "About trains.")]
-        )
-    (straight,), (flipped,) = (impl.judge(labeler, posts[0], good, bad, flip) for flip in (False, True))
+    for one, other, flip in itertools.product((good, bad), (good, bad), (False, True)):
+        found = [impl.parse_comparison(r) for r in impl.compared_by(labeler, posts[0], one, other, flip)]
+        assert [(c.chosen, c.rejected) for c in found] == ([] if one == other else [("About cats.", "About trains.")])
+    (straight,), (flipped,) = (impl.compared_by(labeler, posts[0], good, bad, flip) for flip in (False, True))
     assert (straight["choice"], flipped["choice"]) == (0, 1)
 
 
@@ -2571,14 +2641,7 @@ def test_comparisons_are_the_labelers():
     "README: the labeler compares two samples", *RUN_NEEDS, "noise",
 )  # fmt: skip
 def test_samples_of_a_post_are_independent():
-    purposes, noise = [], impl.noise
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            impl,
-            "noise",
-            lambda seed, purpose, episodes, T: purposes.append(purpose) or noise(seed, purpose, episodes, T),
-        )
-        impl.start(tiny_config("compare", stages=("compare",), from_run=finished_run()))
+    purposes = [args[1] for args, _ in watched(stage_config("compare", "compare"), "noise")["noise"]]
     assert len(purposes) == len(set(purposes)) == 4, purposes
 
 
@@ -2588,7 +2651,7 @@ def test_samples_of_a_post_are_independent():
 )  # fmt: skip
 def test_the_four_models_start_where_they_should():
     folder = finished_run()
-    models = impl.load_models(impl.Run(tiny_config("four models", stages=("ppo",), from_run=folder)))
+    models = impl.load_models(impl.Run(stage_config("four models", "ppo")))
     sft, reward = weights_of(folder / "sft"), weights_of(folder / "reward")
     for policy in (models.policy, models.ref_policy):
         assert all(policy.state_dict()[name].equal(x) for name, x in sft.items())
@@ -2601,130 +2664,121 @@ def test_the_four_models_start_where_they_should():
 
 
 @law(
-    "an exam marks each text against its own post, style against another's, and KL from the SFT model at the PPO temperature",
-    "D24: the controls", *RUN_NEEDS, "Exam", "Codec", "Labeler", "rouge_l",
+    "marks are of each text against its own post, of style against another's, and KL is from the SFT model at a temperature",
+    "D24: the controls", *RUN_NEEDS, "marks_of", "kl_of", "Codec", "Labeler", "rouge_l",
 )  # fmt: skip
-def test_exam_marks_are_what_they_are_called():
+def test_marks_are_what_they_are_called():
     folder, posts, config = finished_run(), toy_posts(12), tiny_config("unused")
     codec = impl.Codec(impl.load_tokenizer(folder / "sft"), config.data)
     sft, ppo = (impl.load_policy(folder / name) for name in ("sft", "ppo"))
-    reward_model, judge = impl.ScalarModel.load(folder / "reward"), impl.ScalarModel.load(folder / "reward")
-    judge.center(-5.0)
-    labeler, queries = impl.Labeler(toy_posts(60)), codec.queries(posts)
-    exam = impl.Exam(posts, queries, codec, labeler, {"score": reward_model, "judge": judge}, sft, 0.7, engine())
-    responses = codec.responses([post.summary for post in posts])
+    scorers = {name: impl.ScalarModel.load(folder / "reward") for name in ("score", "judge")}
+    scorers["judge"].center(-5.0)
+    labeler, responses = impl.Labeler(toy_posts(60)), codec.responses([post.summary for post in posts])
     responses[0] = responses[0][:-1]
-    marks, same = exam.marks(responses, ppo), exam.marks(responses, sft)
+    batch = impl.Batch(codec.queries(posts), responses)
+    marks = impl.marks_of(posts, batch, codec, labeler, scorers, engine())
     assert marks["rouge_l"].tolist() == [1.0] * 12 and (marks["rouge_l, other post"] < 1).all()
-    assert marks["eos"].tolist() == [0.0] + [1.0] * 11 and marks["tokens"].tolist() == [
-        float(len(r)) for r in responses
-    ]
+    assert marks["eos"].tolist() == [0.0] + [1.0] * 11
+    assert marks["tokens"].tolist() == [float(len(response)) for response in responses]
     for i, post in enumerate(posts):
         other = posts[(i + 6) % 12]
         assert marks["labeler"][i] == pytest.approx(labeler.score(post, post.summary))
         assert marks["labeler, other post"][i] == pytest.approx(labeler.score(other, post.summary))
-    batch = impl.Batch(queries, responses)
-    close(torch.tensor(marks["score"]), impl.scores_of(reward_model, batch, engine()).double())
+    close(torch.tensor(marks["score"]), impl.scores_of(scorers["score"], batch, engine()).double())
     close(torch.tensor(marks["judge"]), torch.tensor(marks["score"]) + 5, tolerance=1e-5)
     logprobs = [
-        impl.map_rows(batch, engine(), lambda x: [impl.response_logprobs(p, x, 0.7)])[0].sum(1) for p in (ppo, sft)
+        impl.map_rows(batch, engine(), lambda x, p=p: [impl.response_logprobs(p, x, 0.7)])[0].sum(1) for p in (ppo, sft)
     ]
-    close(torch.tensor(marks["kl"]), (logprobs[0] - logprobs[1]).double(), tolerance=1e-5)
-    assert (same["kl"] == 0).all() and (marks["kl"] != 0).any()
+    kl = impl.kl_of(ppo, sft, batch, 0.7, engine())
+    close(torch.tensor(kl), (logprobs[0] - logprobs[1]).double(), tolerance=1e-5)
+    assert (impl.kl_of(sft, sft, batch, 0.7, engine()) == 0).all() and (kl != 0).any()
 
 
 @law(
-    "the evaluation's SFT and PPO columns are those models' own samples, on the test posts",
+    "the evaluation's SFT and PPO columns are those models' own samples, on the test posts, and its win rate is how often the "
+    "labeler scores PPO's higher",
     "D24", *RUN_NEEDS, "report",
 )  # fmt: skip
 def test_evaluation_columns_belong_to_their_models():
-    seen, report = [], impl.report
-    folder = finished_run()
-    test = workshop() / "test posts.jsonl"
+    folder, test = finished_run(), workshop() / "test posts.jsonl"
     impl.write_records([post.fields() for post in toy_posts(90)[72:]], test)
-    config = tiny_config("columns", stages=("evaluate",), from_run=folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            impl,
-            "report",
-            lambda run, posts, texts, *rest: seen.append((posts, texts)) or report(run, posts, texts, *rest),
-        )
-        impl.start(replace(config, data=replace(config.data, test=test)))
-    posts, texts = seen[0]
+    config = stage_config("columns", "evaluate")
+    config = replace(config, data=replace(config.data, test=test))
+    ((_, posts, texts, *_), _), = watched(config, "report")["report"]  # fmt: skip
     assert [post.fields() for post in posts] == [post.fields() for post in toy_posts(90)[72:]]
-    codec = impl.Codec(impl.load_tokenizer(folder / "sft"), config.data)
+    codec, noise = (
+        impl.Codec(impl.load_tokenizer(folder / "sft"), config.data), impl.noise(1, "evaluate", range(18), 16),
+    )  # fmt: skip
     for name in ("sft", "ppo"):
         policy = impl.load_policy(folder / name)
         for temperature in (0.01, 0.7):
-            drawn = impl.sample(
-                policy,
-                codec.queries(posts),
-                impl.noise(1, "evaluate", range(18), 16),
-                temperature,
-                codec.eos_id,
-                engine(),
-            )
+            drawn = impl.sample(policy, codec.queries(posts), noise, temperature, codec.eos_id, engine())
             assert texts[f"{name.upper()} T={temperature}"] == [codec.text(response) for response in drawn]
+    record, labeler = (
+        json.loads((workshop() / "runs" / "columns" / "eval.json").read_text()), impl.Labeler(toy_posts(60)),
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (workshop() / "runs" / "columns" / "eval.jsonl").read_text().splitlines()]
+    assert "kl" not in record["means"]["PPO T=0.01"] and record["means"]["PPO T=0.7"]["kl"] > 0
+    for pair, figures in record["comparisons"].items():
+        a, b = ([labeler.score(p, w["summaries"][x]) for p, w in zip(posts, lines)] for x in pair.split(" against "))
+        wins = [(x > y) + (x == y) / 2 for x, y in zip(a, b)]
+        assert figures["win rate"][0] == pytest.approx(sum(wins) / len(wins))
 
 
 @law(
-    "every update rolls out new posts with new noise, and learns from the advantages and returns of that rollout",
-    "D19, D25; [4]: the value target is not whitened", *RUN_NEEDS, "ppo", "roll_out", "ppo_losses", "noise",
+    "every update rolls out new posts with new noise at the temperature asked for, and learns from the advantages and returns "
+    "of that rollout",
+    "D13, D19, D25; [4]: the value target is not whitened", *RUN_NEEDS, "ppo", "sample", "read_tokens", "optimizer_step",
 )  # fmt: skip
 def test_every_update_sees_its_own_episodes():
-    calls, rollouts, learned, roll_out, losses = [], [], [], impl.roll_out, impl.ppo_losses
-
-    def remember_rollout(models, queries, uniforms, *rest):
-        calls.append((queries, uniforms))
-        rollouts.append(roll_out(models, queries, uniforms, *rest))
-        return rollouts[-1]
-
-    def remember_losses(models, rollout, advantages, returns, *rest):
-        learned.append((rollout, advantages, returns))
-        return losses(models, rollout, advantages, returns, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(impl, "roll_out", remember_rollout)
-        patch.setattr(impl, "ppo_losses", remember_losses)
-        config = tiny_config("episodes", stages=("ppo",), from_run=finished_run())
-        impl.start(config)
+    config = stage_config("episodes", "ppo")
+    config = replace(config, ppo=replace(config.ppo, temperature=1.3, gamma=0.9, lam=0.8, kl_coef=0.3, sample_every=99))
+    calls = watched(config, "sample", "read_tokens", "optimizer_step")
+    drawn = [args for args, _ in calls["sample"] if len(args[1]) == 16]
     noise = [impl.noise(1, "episodes", range(16 * i, 16 * i + 16), 16) for i in range(3)]
-    assert all(uniforms.equal(expected) for (_, uniforms), expected in zip(calls, noise))
-    asked = [tuple(query) for queries, _ in calls for query in queries]
+    assert all(args[2].equal(expected) and args[3] == 1.3 for args, expected in zip(drawn, noise))
+    asked = [tuple(query) for args in drawn for query in args[1]]
     assert len(asked) == 48 and len(set(asked)) == 48, "48 episodes of 60 posts: none twice"
-    for rollout, advantages, returns in learned:
-        rewards = impl.shape_rewards(rollout, config.ppo)
-        raw, targets = impl.gae(rewards, rollout.values, rollout.mask, 1.0, 0.95)
-        close(returns, targets)
-        close(advantages, impl.whiten(raw, rollout.mask))
+    rollouts = [rollout for _, rollout in calls["read_tokens"]]
+    assert [r.batch.responses for r in rollouts] == [result for args, result in calls["sample"] if len(args[1]) == 16]
+    for i, (args, _) in enumerate(calls["optimizer_step"]):
+        minibatch, rollout = args[2], rollouts[i // 4]
+        raw, targets = impl.gae(impl.shape_rewards(rollout, config.ppo), rollout.values, rollout.mask, 0.9, 0.8)
+        white = impl.whiten(raw, rollout.mask)
+        rows = [rollout.batch.queries.index(query) for query in minibatch.batch.queries]
+        T = minibatch.mask.shape[1]
+        close(minibatch.returns, targets[rows][:, :T])
+        close(minibatch.advantages, white[rows][:, :T])
+        assert minibatch.logprobs.equal(rollout.logprobs[rows][:, :T])
 
 
 @law(
-    "the reward model sees own summaries against exchanged ones, and every comparison once, as it was judged",
-    "[5] section 3.4; Askell et al. 2021", *RUN_NEEDS, "reward", "reward_losses", "Run",
+    "the reward model sees own summaries against exchanged ones, and every comparison once, as it was judged; of one post there "
+    "is nothing to exchange",
+    "[5] section 3.4; Askell et al. 2021", *RUN_NEEDS, "reward", "Pairs", "read_pairs", "Run",
 )  # fmt: skip
 def test_the_reward_model_sees_each_pair_once_the_right_way_round():
-    seen, losses = [], impl.reward_losses
-
-    def remember(model, chosen, rejected, pairs, engine, rows):
-        seen.extend((tuple(chosen.queries[i]), tuple(chosen.responses[i]), tuple(rejected.responses[i])) for i in rows)
-        return losses(model, chosen, rejected, pairs, engine, rows)
-
-    config = tiny_config("pairs", stages=("reward",), from_run=finished_run())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(impl, "reward_losses", remember)
-        impl.start(config)
-    run = impl.Run(replace(config, name="pairs again"))
-    codec = run.codec(finished_run() / "sft")
-    examples, (chosen, rejected, _) = run.examples("train", codec), run.pairs("train", codec)
-    judged = [tuple(map(tuple, row)) for row in zip(chosen.queries, chosen.responses, rejected.responses)]
+    run = impl.Run(stage_config("pairs", "reward"))
+    codec = run.codec("sft")
+    examples, (pairs, _) = impl.read_examples(run, "train", codec), impl.read_pairs(run, "train", codec)
+    judged = Counter(
+        tuple(map(tuple, row)) for row in zip(pairs.chosen.queries, pairs.chosen.responses, pairs.rejected.responses)
+    )
     own = {(tuple(q), tuple(r)) for q, r in zip(examples.queries, examples.responses)}
-    rest = Counter(seen)
-    rest.subtract(judged)
-    assert min(rest.values()) >= 0, "a comparison was not seen, or the wrong way round"
-    pretrained = list(rest.elements())
-    assert len(pretrained) == len(examples) and {(query, better) for query, better, _ in pretrained} == own
-    assert sum((query, worse) in own for query, _, worse in pretrained) < len(pretrained) / 2
+    for name, posts in (("pairs of all", 6000), ("pairs of one", 1)):
+        config = stage_config(name, "reward", reward=impl.Reward(pretraining_pairs=posts))
+        seen = [args[2] for args, _ in watched(config, "optimizer_step")["optimizer_step"]]
+        rest = Counter(
+            tuple(map(tuple, row)) for p in seen for row in zip(p.chosen.queries, p.chosen.responses, p.rejected.responses)
+        )  # fmt: skip
+        rest.subtract(judged)
+        assert min(rest.values()) >= 0, "a comparison was not seen, or the wrong way round"
+        pretrained = list(rest.elements())
+        queries = {query for query, _, _ in pretrained}
+        assert len(queries) == len(pretrained) and (40 < len(queries) <= 60 if posts > 1 else not queries)
+        assert {(query, better) for query, better, _ in pretrained} <= own
+        assert all(better != worse for _, better, worse in pretrained)
+        assert sum((query, worse) in own for query, _, worse in pretrained) <= len(pretrained) / 2
 
 
 @law(
@@ -2741,8 +2795,8 @@ def test_logged_learning_rates_follow_their_schedules():
 
 
 @law(
-    "no file of the corpus is in two splits, and no post is lost",
-    "held-out posts must be new", "corpus", "build_corpus", "Post", "Run", "Config",
+    "no file of the corpus is in two splits, whatever the seed, and no post is lost",
+    "held-out posts must be new", "corpus", "build_corpus", "Post", "Run", "Config", "read_posts",
 )  # fmt: skip
 def test_the_splits_of_the_corpus_share_no_file():
     def documents():
@@ -2751,16 +2805,17 @@ def test_the_splits_of_the_corpus_share_no_file():
             name = "".join(chr(97 + int(digit)) for digit in f"{file}{i}")
             yield f"lib/{file}.py", impl.Post("lib", f"file {file}", words, f"Explain the thing called {name}x here.")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(impl, "docstrings", documents)
-        run = impl.Run(impl.Config(name="corpus", out=workshop() / "runs"))
-        impl.corpus(run)
-    splits = {split: run.posts(split) for split in ("train", "valid", "test")}
-    titles = {split: {post.title for post in posts} for split, posts in splits.items()}
-    assert not (
-        titles["train"] & titles["valid"] or titles["train"] & titles["test"] or titles["valid"] & titles["test"]
-    )
-    assert len(splits["valid"]) == len(splits["test"]) == 512 and len(splits["train"]) == 1500 - 2 * 520
+    found = []
+    for seed in (1, 2):
+        run = impl.Run(impl.Config(folder=workshop() / "runs" / f"corpus {seed}", seed=seed))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(impl, "docstrings", documents)
+            impl.corpus(run)
+        splits = {split: impl.read_posts(run, split) for split in ("train", "valid", "test")}
+        found.append({split: {post.title for post in posts} for split, posts in splits.items()})
+        assert len(splits["valid"]) == len(splits["test"]) == 512 and len(splits["train"]) == 1500 - 2 * 520
+    assert found[0] == found[1], "a post that one seed trained on is another seed's test"
+    assert not any(found[0][a] & found[0][b] for a, b in itertools.combinations(found[0], 2))
 
 
 @law(
@@ -2776,20 +2831,26 @@ def test_the_report_names_the_winner_at_each_temperature():
         return {name: numpy.full(40, labeler if name == "labeler" else 0.0) for name in names}
 
     writers = {"author": 0.9, "SFT T=0.01": 0.1, "SFT T=0.7": 0.5, "PPO T=0.01": 0.2, "PPO T=0.7": 0.4}
-    run = impl.Run(tiny_config("report", stages=("evaluate",)))
-    for judge in ("the labeler that made the preferences", "rules:better"):
-        texts = {writer: [f"{writer} on {post.title}" for post in posts] for writer in writers}
-
-        def prefer(a: str, b: str):
-            return numpy.full(40, float(writers[a] > writers[b]))
-
-        impl.report(run, posts, texts, {writer: marks(x) for writer, x in writers.items()}, prefer, judge)
+    texts = {writer: [f"{writer} on {post.title}" for post in posts] for writer in writers}
+    run = impl.Run(stage_config("report", "evaluate"))
+    usual, human = run.config, {"comparisons_train": toy_files()[0], "comparisons_valid": toy_files()[0]}
+    for changes, judge in (
+        ({}, "the labeler that made the preferences"),
+        ({"data": replace(usual.data, **human)}, "word overlap, not those who chose"),
+        ({"evaluate": impl.Evaluate(judge="rules:better")}, "rules:better"),
+        ({"evaluate": impl.Evaluate(judge="reward")}, "what PPO was trained on"),
+    ):
+        run.config = replace(usual, **changes)
+        impl.report(
+            run, posts, texts, {writer: marks(x) for writer, x in writers.items()},
+            lambda a, b: numpy.full(40, float(writers[a] > writers[b])),
+        )  # fmt: skip
         record = json.loads((run.folder / "eval.json").read_text())
         rates = {pair: figures["win rate"][0] for pair, figures in record["comparisons"].items()}
         assert rates["PPO T=0.01 against SFT T=0.01"] == 1 and rates["PPO T=0.7 against SFT T=0.7"] == 0
-        words = record["verdict"]
-        assert "PPO at T=0.01 is preferred" in words and "at T=0.7 it is worse" in words
-        assert f"By {judge}, PPO" in words and record["judge"] == judge
+        assert f"Judged by {judge}, in" in record["verdict"] and record["judge"] == judge
+        assert "PPO T=0.01 against SFT T=0.01: win rate up (100.0%)" in record["verdict"]
+        assert "PPO T=0.7 against SFT T=0.7: win rate down (0.0%)" in record["verdict"]
         lines = [json.loads(line) for line in (run.folder / "eval.jsonl").read_text().splitlines()]
         assert [line["summaries"] for line in lines] == [
             {writer: summaries[i] for writer, summaries in texts.items()} for i in range(40)
@@ -2798,12 +2859,16 @@ def test_the_report_names_the_winner_at_each_temperature():
 
 
 @law(
-    "a run's own folders come before those of --from-run",
+    "a run's own folders come before those of --from-run, these in the order given",
     "README: stages can be run one at a time", *RUN_NEEDS, "Run",
 )  # fmt: skip
 def test_a_runs_own_folder_comes_first():
-    run = impl.Run(tiny_config("own first", from_run=finished_run()))
-    assert run.find("sft", "") == finished_run() / "sft"
+    second = workshop() / "second"
+    (second / "sft").mkdir(parents=True)
+    (second / "other").mkdir()
+    shutil.copy(finished_run() / "config.json", second)
+    run = impl.Run(stage_config("own first", "ppo", from_run=(finished_run(), second)))
+    assert run.find("sft", "") == finished_run() / "sft" and run.find("other", "") == second / "other"
     run.write("sft", Path.mkdir)
     assert run.find("sft", "") == run.folder / "sft"
     with pytest.raises(impl.InputError, match="do something"):
@@ -2832,25 +2897,46 @@ def test_bos_where_the_tokenizer_has_one():
 
 
 @law(
-    "held-out accuracy is the share of pairs ranked as judged, overall and by who wrote them",
-    "D8", "reward_accuracies", "scores_of", *ENGINE_NEEDS,
+    "held-out accuracy is the share of pairs ranked as judged: of all, by who wrote them, and where some summaries are of "
+    "another post, of the rest",
+    "D8; a summary of another post is easily told apart", "reward_accuracies", "scores_of", "Pairs", *ENGINE_NEEDS,
 )  # fmt: skip
 def test_reward_accuracies_are_shares_of_pairs():
     model, chosen, rejected = tiny_scalar("neox"), some_batch(), some_batch(seed=1)
-    rejected = impl.Batch(rejected.queries[:-1] + chosen.queries[-1:], rejected.responses[:-1] + chosen.responses[-1:])
-    better, worse = (impl.scores_of(model, batch, engine()).tolist() for batch in (chosen, rejected))
+    pairs = impl.Pairs(chosen, rejected[range(4)] + chosen[[4]])
+    better, worse = (impl.scores_of(model, batch, engine()).tolist() for batch in (pairs.chosen, pairs.rejected))
     right = [0.5 if a == b else float(a > b) for a, b in zip(better, worse)]
-    kinds = [("x", "sure"), ("y",), ("x",), ("y", "sure"), ("x",)]
-    expected = {"all": right, "x": right[::2], "y": right[1::2], "sure": [right[0], right[3]]}
-    result = impl.reward_accuracies(model, (chosen, rejected, kinds), engine())
-    assert {kind: pairs for kind, (_, pairs) in result.items()} == {k: len(x) for k, x in expected.items()}
-    for kind, rights in expected.items():
-        assert result[kind][0] == pytest.approx(sum(rights) / len(rights))
     assert right[-1] == 0.5
+    for y, hard in (("y", {}), ("other post vs y", {"same post": right[::2]})):
+        kinds = [("x", "sure"), (y,), ("x",), (y, "sure"), ("x",)]
+        expected = {"all": right, "x": right[::2], y: right[1::2], "sure": [right[0], right[3]]} | hard
+        result = impl.reward_accuracies(model, pairs, kinds, engine())
+        assert {kind: pairs for kind, (_, pairs) in result.items()} == {k: len(x) for k, x in expected.items()}
+        for kind, rights in expected.items():
+            assert result[kind][0] == pytest.approx(sum(rights) / len(rights))
 
 
 @law(
-    "the labeler's score is the TF-IDF cosine with the post, less a bounded penalty for rare words unsupported or said twice",
+    "a reward model hardly better than chance is warned of, by the pairs that ask for judgement where there are others",
+    "pairs of two posts are easy, and half of the default run's", *RUN_NEEDS, "reward_accuracies",
+)  # fmt: skip
+def test_a_reward_model_near_chance_is_warned_of():
+    config = stage_config("chance", "reward", reward=impl.Reward(epochs=0.1, pretraining_pairs=0))
+    for i, (everything, hard, warned) in enumerate(
+        ((0.7, 0.5, True), (0.5, 0.7, False), (0.5, None, True), (0.7, None, False))
+    ):
+        figures = {"all": (everything, 40)} | ({"same post": (hard, 20)} if hard else {})
+        said: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(impl, "reward_accuracies", lambda *args, figures=figures: figures)
+            patch.setattr(impl.Run, "say", lambda run, text, said=said: said.append(text))
+            impl.start(replace(config, folder=config.folder.with_name(f"chance {i}")))
+        assert any("better than chance" in text for text in said) == warned
+
+
+@law(
+    "the labeler's score is the TF-IDF cosine with the post, less a bounded penalty for rare words unsupported or said twice; "
+    "words are cut to six letters",
     "README: the labeler; Salton & Buckley 1988 for TF-IDF", "Labeler", "Post",
 )  # fmt: skip
 def test_the_labelers_score_is_the_formula_it_says():
@@ -2879,130 +2965,132 @@ def test_the_labelers_score_is_the_formula_it_says():
         cosine = sum(x * one.get(w, 0.0) for w, x in two.items())
         u = sum(rarity[w] for w in unfit) / math.log(0.1 * (len(posts) + 1))
         assert 0.05 < cosine and labeler.score(post, summary) == pytest.approx(cosine - 0.2 * u / (1 + u))
+    assert labeler.words("A reporterIsHere reporting") == ["report", "is", "here", "report"]
 
 
 @law(
-    "comparisons are the labeler's best of all samples against its worst, drawn at the PPO temperature",
+    "comparisons are the SFT model's: the labeler's best of all samples against its worst, and the first against one for "
+    "another post, drawn at the PPO temperature for posts picked at random",
     "README: the labeler", *RUN_NEEDS, "compare", "sample", "Labeler", "Codec",
 )  # fmt: skip
 def test_comparisons_are_best_against_worst_at_ppos_temperature():
-    drawn, sample = [], impl.sample
-
-    def remember(policy, queries, uniforms, temperature, *rest):
-        drawn.append((queries, temperature, sample(policy, queries, uniforms, temperature, *rest)))
-        return drawn[-1][2]
-
-    config = tiny_config("best and worst", stages=("compare",), from_run=finished_run())
-    config = replace(config, compare=impl.Compare(samples=3), ppo=replace(config.ppo, temperature=1.3))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(impl, "sample", remember)
-        impl.start(config)
-    run = impl.Run(replace(config, name="best and worst again"))
-    codec, labeler, posts = run.codec(finished_run() / "sft"), impl.Labeler(toy_posts(60)), toy_posts(60)
-    assert len(drawn) == 6 and {temperature for _, temperature, _ in drawn} == {1.3}
-    drafts: dict[tuple, list[str]] = {}
-    for queries, _, responses in drawn[:3]:
-        for query, response in zip(queries, responses):
+    config = stage_config("best and worst", "compare", compare=impl.Compare(samples=3, posts=40))
+    config = replace(config, ppo=replace(config.ppo, temperature=1.3))
+    drawn = watched(config, "sample")["sample"]
+    assert len(drawn) == 6 and {args[3] for args, _ in drawn} == {1.3}
+    sft = weights_of(finished_run() / "sft")
+    assert all(drawn[0][0][0].state_dict()[name].equal(weight) for name, weight in sft.items())
+    codec, posts = impl.Codec(impl.load_tokenizer(finished_run() / "sft"), config.data), toy_posts(60)
+    labeler, drafts = impl.Labeler(posts), {}
+    for args, responses in drawn[:3]:
+        for query, response in zip(args[1], responses):
             drafts.setdefault(tuple(query), []).append(codec.text(response))
+    query_of = {post.post: tuple(query) for post, query in zip(posts, codec.queries(posts))}
+    assert len(drafts) == 40 and set(drafts) != {query_of[post.post] for post in posts[:40]}, "not the first posts"
     path = workshop() / "runs" / "best and worst" / "data" / "comparisons_train.jsonl"
-    records = [r for r in impl.read_records(path, impl.parse_comparison)[0] if r.kinds == ("sft vs sft",)]
-    query_of = dict(zip((post.post for post in posts), codec.queries(posts)))
-    assert records
-    for record in records:
-        scores = [labeler.score(record.post, text) for text in drafts[tuple(query_of[record.post.post])]]
-        assert len(scores) == 3 and labeler.score(record.post, record.chosen) == max(scores)
-        assert labeler.score(record.post, record.rejected) == min(scores)
+    kinds, strange = Counter(), 0
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        judged, mine = impl.parse_comparison(record), drafts[query_of[record["info"]["post"]]]
+        kinds[judged.kinds] += 1
+        if judged.kinds == ("sft vs sft",):
+            scores = [labeler.score(judged.post, text) for text in mine]
+            assert len(scores) == 3 and labeler.score(judged.post, judged.chosen) == max(scores)
+            assert labeler.score(judged.post, judged.rejected) == min(scores)
+        else:
+            by = {summary["policy"]: summary["text"] for summary in record["summaries"]}
+            others = {texts[0] for query, texts in drafts.items() if query != query_of[record["info"]["post"]]}
+            assert by["sft"] == mine[0] and by["other post"] in others - {mine[0]}
+            strange += by["other post"] not in mine
+    assert len(kinds) == 2 and strange > kinds["other post vs sft",] / 2
 
 
 @law(
-    "the warm-up asks for titles and trains on everything; SFT asks for summaries and weighs the prompt as told",
+    "the warm-up asks for titles and trains on everything; SFT asks for summaries and weighs the prompt as told; each goes "
+    "through its examples as often as told, fractions too",
     "D6; README: the warm-up", *RUN_NEEDS, "train_language_model",
 )  # fmt: skip
 def test_what_is_asked_for_in_pretraining_and_sft():
-    seen, train = {}, impl.train_language_model
-
-    def remember(run, stage, model, batch, config, prompt_weight, schedule):
-        seen[stage] = (batch, prompt_weight, [schedule(x) for x in (0.0, 0.5)])
-        return train(run, stage, model, batch, config, prompt_weight, schedule)
-
-    config = tiny_config("asked", stages=("pretrain", "sft"), sft=impl.SFT(epochs=0.2, prompt_weight=0.25))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(impl, "train_language_model", remember)
-        impl.start(replace(config, pretrain=replace(config.pretrain, epochs=0.2)))
+    config = tiny_config("asked", stages=("pretrain", "sft"), sft=impl.SFT(epochs=1.3, prompt_weight=0.25))
+    config = replace(config, pretrain=replace(config.pretrain, epochs=0.2))
+    calls = watched(config, "train_language_model")["train_language_model"]
     posts, folder = toy_posts(60), workshop() / "runs" / "asked"
     codec = impl.Codec(impl.load_tokenizer(folder / "base"), config.data)
-    for stage, texts, weight, schedule in (
-        ("pretrain", [p.title for p in posts], 1.0, [1.0, 1.0]),
-        ("sft", [p.summary for p in posts], 0.25, [1.0, 0.5]),
-    ):
-        batch, prompt_weight, factors = seen[stage]
-        assert batch.queries == codec.queries(posts) and batch.responses == codec.responses(texts)
+    for (args, _), (stage, texts, weight, schedule, steps) in zip(calls, (
+        ("pretrain", [p.title for p in posts], 1.0, [1.0, 1.0], 2), ("sft", [p.summary for p in posts], 0.25, [1.0, 0.5], 10),
+    ), strict=True):  # fmt: skip
+        batch, prompt_weight, factors = args[3], args[5], [args[6](x) for x in (0.0, 0.5)]
+        assert args[1] == stage and batch.queries == codec.queries(posts) and batch.responses == codec.responses(texts)
         assert prompt_weight == weight and factors == pytest.approx(schedule)
+        assert len([m for m in metrics_of(folder) if m["stage"] == stage and "lr" in m]) == steps
 
 
 @law(
     "logged held-out figures are the saved models' on validation posts: SFT's loss, its loss with summaries exchanged, the "
     "reward model's accuracy",
-    "D8; a shuffled-post control shows whether a summarizer summarizes", *RUN_NEEDS, "Run",
+    "D8; a shuffled-post control shows whether a summarizer summarizes", *RUN_NEEDS, "Run", "read_examples", "read_pairs",
 )  # fmt: skip
 def test_held_out_figures_are_the_saved_models():
-    folder = finished_run()
-    run = impl.Run(tiny_config("figures", from_run=folder))
-    codec = run.codec(folder / "sft")
-    valid, logged = (
-        run.examples("valid", codec),
-        {k: v for r in metrics_of(folder) for k, v in r.items() if "valid" in k},
-    )
-    assert len(valid) == 12
+    valid = [
+        p._replace(summary=p.summary.replace(" a lot", "")) if i % 3 else p for i, p in enumerate(toy_posts(72)[60:])
+    ]
+    impl.write_records([post.fields() for post in valid], workshop() / "uneven.jsonl")
+    config = stage_config("figures", "sft", "reward", sft=impl.SFT(epochs=2.0))
+    config = replace(config, data=replace(config.data, valid=workshop() / "uneven.jsonl"))
+    folder = impl.start(config)
+    run = impl.Run(replace(config, folder=folder.with_name("figures again"), from_run=(folder, *config.from_run)))
+    codec, logged = run.codec("sft"), {k: v for r in metrics_of(folder) for k, v in r.items() if "valid" in k}
+    valid = impl.read_examples(run, "valid", codec)
+    assert len(valid) == 12 and len(set(map(len, valid.responses))) > 1
     exchanged = impl.Batch(valid.queries, valid.responses[6:] + valid.responses[:6])
     policy = impl.load_policy(folder / "sft")
     for batch, name in ((valid, "valid/loss"), (exchanged, "valid/loss_other_post")):
         (logprobs,) = impl.map_rows(batch, engine(), lambda x: [impl.response_logprobs(policy, x, 1.0)])
         assert logged[name] == pytest.approx(-logprobs.sum().item() / sum(map(len, batch.responses)), rel=1e-4)
-    chosen, rejected, _ = run.pairs("valid", codec)
+    pairs, kinds = impl.read_pairs(run, "valid", codec)
     model = impl.ScalarModel.load(folder / "reward")
-    better, worse = (impl.scores_of(model, batch, engine()) for batch in (chosen, rejected))
-    assert logged["valid/accuracy all"] == pytest.approx(
-        ((better > worse).float() + (better == worse) / 2).mean().item()
-    )
+    better, worse = (impl.scores_of(model, batch, engine()) for batch in (pairs.chosen, pairs.rejected))
+    rights = impl.wins_of(better, worse)
+    assert logged["valid/accuracy all"] == pytest.approx(rights.mean().item())
+    hard = [i for i, kind in enumerate(kinds) if kind == ("sft vs sft",)]
+    assert logged["valid/accuracy same post"] == pytest.approx(rights[hard].mean().item())
 
 
 @law(
-    "an example fits up to and including the limit; a pair fits when both its texts do, and keeps its kinds",
-    "D4: never cut, but left out and counted", *RUN_NEEDS, "Run",
+    "an example fits up to and including the limit; a pair fits when both its texts do and differ, and keeps its kinds; what is "
+    "left out is said, with the first",
+    "D4: never cut, but left out and counted", *RUN_NEEDS, "Run", "read_examples", "read_pairs",
 )  # fmt: skip
 def test_what_fits_is_kept_whole():
-    posts, folder = toy_posts(60), finished_run()
+    posts, path, train = toy_posts(60), workshop() / "long pairs.jsonl", workshop() / "one longer.jsonl"
     long = "Somebody likes cats a lot, and then somebody likes cats a lot once more."
-    pairs = [("short", long, "a"), (long, "short", "b"), ("one", "two", "c"), (long, long, "d"), ("x", "y", "e")]
+    pairs = [("short", long), (long, "short"), ("one", "two"), (long, long), ("x", "y"), ("same", "same")]
     records = [
-        {"info": posts[0].fields(), "summaries": [{"text": x}, {"text": y}], "choice": 0, "batch": batch}
-        for x, y, batch in pairs
+        {"info": posts[0].fields(), "summaries": [{"text": x}, {"text": y}], "choice": 0, "batch": str(i)}
+        for i, (x, y) in enumerate(pairs)
     ]
-    path = workshop() / "long pairs.jsonl"
     impl.write_records(records, path)
-    config = tiny_config("fits", from_run=folder)
-    codec, train = impl.Codec(impl.load_tokenizer(folder / "sft"), config.data), workshop() / "one longer.jsonl"
+    config = stage_config("fits", "reward")
+    codec = impl.Codec(impl.load_tokenizer(finished_run() / "sft"), config.data)
     posts[7] = posts[7]._replace(summary="Somebody likes roses a lot, today.")
     impl.write_records([post.fields() for post in posts], train)
     longest = max(len(response) for response in codec.responses([post.summary for post in posts]))
-    short = len(codec.responses(["short"])[0])
+    limits = {
+        "comparison_tokens": len(codec.responses(["short"])[0]) + 2, "comparisons_train": path, "comparisons_valid": path
+    }  # fmt: skip
     for limit, kept in ((longest, 60), (longest - 1, 59)):
-        data = replace(
-            config.data,
-            train=train,
-            response_tokens=limit,
-            comparison_tokens=short + 2,
-            comparisons_train=path,
-            comparisons_valid=path,
-        )
-        run = impl.Run(replace(config, name=f"fits {limit}", data=data))
-        examples = run.examples("train", codec)
+        data = replace(config.data, train=train, response_tokens=limit, **limits)
+        run = impl.Run(replace(config, folder=config.folder.with_name(f"fits {limit}"), data=data))
+        codec = run.codec("sft")
+        examples = impl.read_examples(run, "train", codec)
         assert len(examples) == kept and max(map(len, examples.responses)) <= limit
-        chosen, rejected, kinds = run.pairs("train", codec)
-        assert [kind[-1] for kind in kinds] == ["c", "e"] and len(run.said) >= 1
-        assert [codec.text(r) for r in chosen.responses] == ["one", "x"]
-        assert [codec.text(r) for r in rejected.responses] == ["two", "y"]
+        pairs, kinds = impl.read_pairs(run, "train", codec)
+        assert [kind[-1] for kind in kinds] == ["2", "4"]
+        assert [codec.text(r) for r in pairs.chosen.responses] == ["one", "x"]
+        assert [codec.text(r) for r in pairs.rejected.responses] == ["two", "y"]
+        said = " ".join(run.said)
+        assert "left out 4 of 6 train comparisons" in said and f"(the first: {posts[0].title!r})" in said
+        assert ("left out 1 of 60 train summaries" in said and repr(posts[7].title) in said) == (kept == 59)
 
 
 @law(
@@ -3010,12 +3098,9 @@ def test_what_fits_is_kept_whole():
     "held-out posts must not change the judge", *RUN_NEEDS, "Labeler",
 )  # fmt: skip
 def test_the_labeler_reads_training_posts_only():
-    read, labeler = [], impl.Labeler
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(impl, "Labeler", lambda posts: read.append(posts) or labeler(posts))
-        impl.start(tiny_config("frequencies", stages=("compare", "ppo", "evaluate"), from_run=finished_run()))
+    read = watched(stage_config("frequencies", "compare", "ppo", "evaluate"), "Labeler")["Labeler"]
     assert len(read) == 3
-    for posts in read:
+    for (posts,), _ in read:
         assert [post.fields() for post in posts] == [post.fields() for post in toy_posts(60)]
 
 
@@ -3036,12 +3121,12 @@ def test_only_a_shared_value_head_trains_the_policy():
 
 @law(
     "the reward model's logged accuracy and margin are those of the chosen over the rejected",
-    "D8", *ENGINE_NEEDS, "reward_losses", "scores_of",
+    "D8", *ENGINE_NEEDS, "reward_losses", "scores_of", "Pairs",
 )  # fmt: skip
 def test_the_reward_models_margin_is_chosen_minus_rejected():
-    model, chosen, rejected = tiny_scalar("neox"), some_batch(), some_batch(seed=1)
-    better, worse = (impl.scores_of(model, batch, engine()) for batch in (chosen, rejected))
-    shares = [impl.reward_losses(model, chosen, rejected, 5, engine(), rows) for rows in ([0, 1, 2], [3, 4])]
+    model, pairs = tiny_scalar("neox"), impl.Pairs(some_batch(), some_batch(seed=1))
+    better, worse = (impl.scores_of(model, batch, engine()) for batch in (pairs.chosen, pairs.rejected))
+    shares = [impl.reward_losses(model, pairs[rows], pairs) for rows in ([0, 1, 2], [3, 4])]
     close(shares[0]["margin"] + shares[1]["margin"], (better - worse).mean(), tolerance=1e-5)
     close(shares[0]["accuracy"] + shares[1]["accuracy"], (better > worse).float().mean())
     assert (better > worse).float().mean() != 0.5
@@ -3073,6 +3158,9 @@ def rules() -> Path:
         "    return float(record.get('thing', '?') in response)\n"
         "def broken(post, response, record):\n"
         "    return None\n"
+        "def counts(post, response, record):\n"
+        "    open('asked', 'a').write(post + response)\n"
+        "    return len(response) / 9\n"
         "def prefers_the_first(post, a, b):\n"
         "    return 1\n"
         "def prefers_the_longer(post, a, b):\n"
@@ -3083,7 +3171,7 @@ def rules() -> Path:
 
 @law(
     "a rule in place of the reward model is asked about each response with its own post and record, and is all that is "
-    "trained on: no comparisons, no reward model, values that start at 0",
+    "trained on: no comparisons, no reward model, no labeler, values that start at 0",
     "[7] section 6: verifiable rewards", *RUN_NEEDS, "load_models", "outcome_scores",
 )  # fmt: skip
 def test_a_rule_replaces_the_reward_model():
@@ -3091,54 +3179,42 @@ def test_a_rule_replaces_the_reward_model():
     posts = toy_posts(72)
     impl.write_records([post.fields() | {"thing": post.title.split()[1]} for post in posts], train)
     config = tiny_config("unused")
-    data = replace(config.data, train=train, valid=train)
-    rollouts, roll_out = [], impl.roll_out
-
-    def remember(*args):
-        rollouts.append(roll_out(*args))
-        return rollouts[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
+    data, by_rule = replace(config.data, train=train, valid=train), partial(replace, config.ppo)
+    with pytest.MonkeyPatch.context() as patch, watching("read_tokens") as calls:
         patch.chdir(folder)
         patch.delitem(sys.modules, "toy_rules", raising=False)
-        patch.setattr(impl, "roll_out", remember)
-        whole = finished_run("rule", data=data, ppo=replace(config.ppo, reward_function="toy_rules:names_it"))
-        seen = sys.modules["toy_rules"].seen
+        whole = finished_run("rule", data=data, ppo=by_rule(reward_function="toy_rules:names_it"))
+        seen, rollouts = sys.modules["toy_rules"].seen, [rollout for _, rollout in calls["read_tokens"]]
         codec = impl.Codec(impl.load_tokenizer(whole / "sft"), data)
         queries_of = dict(zip((post.post for post in posts), codec.queries(posts)))
         for post, _, record in seen:
             assert record["post"] == post and record.get("thing", "?") in post
-        paid = [record["objective/scores"] for record in metrics_of(whole) if record["stage"] == "ppo"]
-        missing = [16 - record["val/num_eos_tokens"] for record in metrics_of(whole) if record["stage"] == "ppo"]
-        for update, score in enumerate(paid):
-            batch = [float(r["thing"] in text) for _, text, r in seen][:16]
-            asked = [queries_of[post] for post, _, _ in seen[:16]]
-            assert asked == rollouts[update].batch.queries and [text for _, text, _ in seen[:16]] == [
-                codec.text(response) for response in rollouts[update].batch.responses
-            ]
-            assert missing[update] or score == pytest.approx(sum(batch) / 16)
-            seen = seen[16 + 3 * (update % 2 == 0) :]  # a shown sample asks about three texts
+        updates = [record for record in metrics_of(whole) if record["stage"] == "ppo"]
+        for i, (update, rollout) in enumerate(zip(updates, rollouts, strict=True)):
+            paid = [float(record["thing"] in text) for _, text, record in seen[:16]]
+            assert [queries_of[post] for post, _, _ in seen[:16]] == rollout.batch.queries
+            assert [text for _, text, _ in seen[:16]] == [codec.text(r) for r in rollout.batch.responses]
+            assert rollout.scores.tolist() == paid and update["objective/raw_scores"] == pytest.approx(sum(paid) / 16)
+            assert "objective/labeler" not in update, "a rule has nothing to do with the labeler"
+            seen = seen[16 + 3 * (i % 2 == 0) :]  # a shown sample asks about three texts
         stages = {record["stage"] for record in metrics_of(whole)}
         assert not stages & {"compare", "reward"} and not (whole / "reward").exists()
         evaluation = json.loads((whole / "eval.json").read_text())
         assert 0 <= evaluation["means"]["PPO T=0.7"]["score"] <= 1
-        config = tiny_config("rule again", stages=("ppo",), from_run=whole, data=data)
-        config = replace(config, ppo=replace(config.ppo, reward_function="toy_rules:names_it"))
+        config = tiny_config("rule again", stages=("ppo",), from_run=(whole,), data=data)
+        config = replace(config, ppo=by_rule(reward_function="toy_rules:names_it"))
         models = impl.load_models(impl.Run(config))
         assert (models.value_model.values(impl.lay_out(some_batch())) == 0).all()
         assert models.value_model.bias.requires_grad and models.value_model.classifier.score.weight.requires_grad
         for function, culprit in (
-            ("broken", "returned None"),
-            ("seen", "cannot be called"),
-            ("absent", "absent"),
-            (None, "module:function"),
-        ):
-            place = f"toy_rules:{function}" if function else "toy_rules"
-            config = replace(config, name=f"rule {function}", ppo=replace(config.ppo, reward_function=place))
-            assert culprit in config_error(lambda: impl.start(config))
-    assert "--reward-model" in config_error(
-        lambda: impl.Config(reward_model="x", ppo=impl.PPO(reward_function="toy_rules:names_it"))
-    )
+            (":broken", "returned None"), (":seen", "cannot be called"), (":absent", "absent"), ("", "module:function"),
+        ):  # fmt: skip
+            config = replace(
+                config, folder=config.folder.with_name(f"rule{function}"), ppo=by_rule(reward_function=f"toy_rules{function}")
+            )  # fmt: skip
+            assert culprit in config_error(lambda config=config: impl.start(config))
+    message = config_error(lambda: impl.Config(reward_model="x", ppo=impl.PPO(reward_function="toy_rules:names_it")))
+    assert "--reward-model" in message
 
 
 @law(
@@ -3157,8 +3233,8 @@ def test_all_models_of_a_run_need_one_tokenizer():
         {"reward_model": str(strangers / "reward")},
         {"evaluate": impl.Evaluate(posts=4, judge=str(strangers / "reward"))},
     )):  # fmt: skip
-        config = tiny_config(f"strangers {i}", stages=("evaluate",), from_run=finished_run())
-        message = config_error(lambda config=replace(config, **flags): impl.start(config))
+        config = stage_config(f"strangers {i}", "evaluate", **flags)
+        message = config_error(lambda config=config: impl.start(config))
         assert str(strangers) in message and "different tokenizers" in message
 
 
@@ -3183,7 +3259,7 @@ def test_judges_are_asked_in_both_orders():
         rates = {}
         judges = ("labeler", "reward", str(finished_run() / "reward"), "toy_rules:prefers_the_longer")
         for i, judge in enumerate(judges):
-            config = tiny_config(f"judge {i}", stages=("evaluate",), from_run=finished_run())
+            config = stage_config(f"judge {i}", "evaluate")
             impl.start(replace(config, evaluate=replace(config.evaluate, judge=judge)))
             result = json.loads((workshop() / "runs" / f"judge {i}" / "eval.json").read_text())
             rates[judge] = [figures["win rate"][0] for figures in result["comparisons"].values()]
@@ -3201,27 +3277,30 @@ def test_judges_are_asked_in_both_orders():
 
 
 @law(
-    "a title that leaves no room for a post counts as an unusable record, with file and line",
-    "nothing is dropped silently", *RUN_NEEDS, "Run", "Codec",
+    "posts whose title leaves no room are left out, and the screen says how many and which is the first; where none fits, that "
+    "is an error",
+    "nothing is dropped silently", *RUN_NEEDS, "Run", "Codec", "read_prompts", "read_pairs",
 )  # fmt: skip
-def test_titles_too_long_are_counted_with_file_and_line():
+def test_titles_too_long_are_counted():
     path, posts = workshop() / "titles.jsonl", toy_posts(200)
     codec = impl.Codec(tiny_tokenizer(), impl.Data(query_tokens=60))
-    for unusable in (2, 3):
-        for i in range(unusable):
-            posts[7 + i] = posts[7 + i]._replace(title="a title that goes on and on " * 20)
+    for name, rows in (("some", (7, 8)), ("all", range(200))):
+        for i in rows:
+            posts[i] = posts[i]._replace(title=f"{i} is a title that goes on and on " * 20)
         impl.write_records([post.fields() for post in posts], path)
-        config = tiny_config(f"titles {unusable}")
+        config = tiny_config(f"titles {name}")
         run = impl.Run(replace(config, data=replace(config.data, train=path, valid=path)))
-        assert len(run.posts("train")) == 200
-        if unusable == 2:
-            left = run.posts("train", codec)
+        assert len(impl.read_posts(run, "train")) == 200
+        if name == "some":
+            left, queries = impl.read_prompts(run, "train", codec)
             assert [post.fields() for post in left] == [post.fields() for post in posts[:7] + posts[9:]]
+            assert queries == codec.queries(left)
             (said,) = run.said
-            assert "2 of 200 records" in said and "line 8: template and title take" in said and str(path) in said
+            assert (
+                "left out 2 of 200 train posts" in said and "--data.query-tokens 60" in said and "'7 is a title" in said
+            )
         else:
-            message = config_error(lambda: run.posts("train", codec))
-            assert str(path) in message and "line 8" in message and "--data.query-tokens is 60" in message
+            assert "200 of 200 train posts" in config_error(lambda run=run: impl.read_prompts(run, "train", codec))
 
 
 @law(
@@ -3290,9 +3369,8 @@ def test_every_model_family_goes_through_every_stage():
 
     posts, comparisons = toy_posts(60), workshop() / "comparisons.jsonl"
     pairs = [
-        {"info": p.fields(), "summaries": [{"text": p.summary}, {"text": q.summary}]}
-        for p, q in itertools.pairwise(posts)
-    ]
+        {"info": p.fields(), "summaries": [{"text": p.summary}, {"text": q.summary}]} for p, q in itertools.pairwise(posts)
+    ]  # fmt: skip
     impl.write_records([pair | {"choice": 0} for pair in pairs], comparisons)
     data = replace(tiny_config("unused").data, comparisons_train=comparisons, comparisons_valid=comparisons)
     for family in FAMILIES:
@@ -3333,25 +3411,19 @@ def test_ppo_converges_to_the_closed_form_optimum():
         def scores(self, layout) -> Tensor:
             return scores[layout.responses[:, 0]]
 
-    config = impl.Config(
-        data=impl.Data(response_tokens=2),
-        ppo=impl.PPO(
-            total_episodes=256 * 60, batch_size=256, num_minibatches=1, num_ppo_epochs=4, lr=1e-2, value_lr=1e-2, temperature=1.0,
-            kl_coef=beta, whiten_advantages=False, missing_eos_score=0.0, vf_coef=0.1, cliprange_value=10.0, sample_every=10**9,
-        ),
+    ppo = impl.PPO(
+        total_episodes=256 * 60, batch_size=256, num_minibatches=1, num_ppo_epochs=4, lr=1e-2, value_lr=1e-2, temperature=1.0,
+        kl_coef=beta, whiten_advantages=False, missing_eos_score=0.0, vf_coef=0.1, cliprange_value=10.0, sample_every=10**9,
     )  # fmt: skip
-    models = impl.Models(policy, impl.ValueHead(16), ref_policy.requires_grad_(False), Table())
-    models = replace(models, value_model=tiny_scalar("neox", 1, train_bias=True))
-    codec = SimpleNamespace(queries=lambda posts: [[1, 2]] * len(posts), eos_id=4, text=str, tokenizer=None)
-    logged: list[dict] = []
-    run = SimpleNamespace(
-        config=config, engine=engine(256), sft_model=None, codec=lambda folder: codec, posts=lambda split, codec: toy_posts(8),
-        steps=lambda title, n, optimizer, **models: range(n), log=logged.append, logged=lambda stage: [], write=lambda *args: None, say=lambda text: None, warn=list,
-    )  # fmt: skip
+    compute = impl.Compute(device="cpu", micro_batch_size=256)
+    run = impl.Run(impl.Config(folder=workshop() / "runs" / "bandit", stages=("ppo",), ppo=ppo, compute=compute))
+    run.codec = lambda name: SimpleNamespace(eos_id=4, text=str, tokenizer=None)
+    models = impl.Models(policy, tiny_scalar("neox", 1, train_bias=True), ref_policy.requires_grad_(False), Table())
     one_token = impl.noise
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(impl, "load_models", lambda run: models)
-        patch.setattr(impl, "save_model", lambda *args: None)
+        patch.setattr(impl, "read_prompts", lambda run, split, codec: (toy_posts(8), [[1, 2]] * 8))
+        patch.setattr(impl, "save_model", lambda *args: args[-1].mkdir())
         patch.setattr(impl, "show_sample", lambda *args: None)
         patch.setattr(impl, "noise", lambda seed, purpose, episodes, T: one_token(seed, purpose, episodes, 1))
         impl.ppo(run)
@@ -3373,11 +3445,22 @@ def test_ppo_converges_to_the_closed_form_optimum():
 PROGRAM = ("Config", "start", "main")
 
 
-def program(*flags: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+def program(*flags: object, cwd: Path | None = None, columns: int = 120) -> subprocess.CompletedProcess:
     """Run the implementation as a user does, without network."""
-    offline = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": str(columns)}
     command = [sys.executable, str(Path(impl.__file__).resolve()), *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd or workshop(), env=offline)
+
+
+def asked_for(*flags: object):
+    """The config that the program starts with these flags."""
+    started: list = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pmo.py", *map(str, flags)])
+        patch.setattr(impl, "start", started.append)
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))  # main reconfigures it
+        impl.main()
+    return started[0]
 
 
 def all_flags(config: object, prefix: str = "") -> Iterator[tuple[str, type, str]]:
@@ -3390,19 +3473,36 @@ def all_flags(config: object, prefix: str = "") -> Iterator[tuple[str, type, str
             yield prefix + field.name, type(config), field.name
 
 
+def with_flag(config: object, flag: str, value: object):
+    """The config with one flag, a dotted name, at another value."""
+    section, _, name = flag.rpartition(".")
+    return replace(
+        config, **({section: replace(getattr(config, section), **{name: value})} if section else {name: value})
+    )
+
+
 @law(
-    "--help explains every flag, without network",
+    "--help explains every flag, without network, in sentences that break nowhere but at the edge of the screen",
     "README: python pmo.py --help", *PROGRAM,
 )  # fmt: skip
 def test_help_explains_every_flag():
-    source = inspect.getsource(impl)
-    result = program("--help")
+    result = program("--help", columns=79)
     assert result.returncode == 0 and "Traceback" not in result.stderr
-    for flag, cls, name in all_flags(impl.Config()):
-        assert "--" + flag.replace("_", "-") in result.stdout, f"--help does not mention {flag}"
-        body = source[source.index(f"class {cls.__name__}:") :]
-        after = body[re.search(rf"^    {name}: ", body, re.MULTILINE).start() :].split("\n", 1)[1]
-        assert after.startswith('    """'), f"{cls.__name__}.{name} has no docstring under it"
+    helped, flag = {}, ""
+    for line in result.stdout.splitlines():
+        text = line.strip("│ ")
+        if text.startswith("--"):
+            flag = text.split()[0].rstrip(",")
+            helped[flag] = []
+        elif flag and line.startswith("│"):
+            helped[flag].append(text)
+        else:
+            flag = ""
+    for name, _, _ in all_flags(impl.Config()):
+        lines = helped["--" + name.replace("_", "-")]
+        assert " ".join(lines).index("(default: ") > 10, f"--help does not explain {name}"
+        for short, following in itertools.pairwise(lines) if name != "data.query_format" else ():
+            assert len(short) + 1 + len(following.split()[0]) > 68, f"{name}: the line breaks after {short!r}"
 
 
 @law(
@@ -3410,12 +3510,11 @@ def test_help_explains_every_flag():
     "a flag that does nothing is a lie", *PROGRAM,
 )  # fmt: skip
 def test_every_flag_is_read():
-    source = inspect.getsource(impl)
-    after_config = source[source.index("# maths: ") :]
+    source, settings_ = inspect.getsource(impl), "# 8 config: "
+    rest = source[: source.index(settings_)] + source[source.index("def check_stages") :]
     for flag, cls, name in all_flags(impl.Config()):
         properties = [inspect.getsource(p.fget) for p in vars(cls).values() if isinstance(p, property)]
-        text = after_config + "".join(properties)
-        assert re.search(rf"\.{name}\b", text), f"--{flag} is never read"
+        assert re.search(rf"\.{name}\b", rest + "".join(properties)), f"--{flag} is never read"
 
 
 @law(
@@ -3437,37 +3536,68 @@ def config_error(make: Callable[[], object]) -> str:
 
 
 @law(
-    "settings that contradict each other are refused, with both flags and both numbers",
+    "settings that contradict each other, or leave nothing to do, are refused, with the flags and numbers",
     "a number that follows from others is no flag", *PROGRAM, "PPO", "Pretrain", "Data",
 )  # fmt: skip
 def test_contradictions_are_refused_with_both_numbers():
-    message = config_error(lambda: impl.PPO(batch_size=10, num_minibatches=4))
-    assert "--ppo.batch-size 10" in message and "--ppo.num-minibatches 4" in message
-    message = config_error(lambda: impl.PPO(total_episodes=100, batch_size=128))
-    assert "--ppo.total-episodes 100" in message and "--ppo.batch-size 128" in message
-    message = config_error(lambda: impl.Pretrain(width=100, heads=3))
-    assert "--pretrain.width 100" in message and "--pretrain.heads 3" in message
-    for bad in (
-        dict(temperature=0.0),
-        dict(gamma=1.5),
-        dict(lam=-0.1),
-        dict(lr=-1.0),
-        dict(batch_size=0),
-        dict(cliprange=0.0),
+    x = Path("x")
+    for culprits, settings_ in (
+        ("--ppo.batch-size 10 | --ppo.num-minibatches 4", {"ppo": impl.PPO(batch_size=10, num_minibatches=4)}),
+        ("--ppo.total-episodes 100 | --ppo.batch-size 128", {"ppo": impl.PPO(total_episodes=100, batch_size=128)}),
+        ("--pretrain.width 100 | --pretrain.heads 3", {"pretrain": impl.Pretrain(width=100, heads=3)}),
+        ("--data.valid", {"data": impl.Data(train=x)}),
+        ("--data.train", {"data": impl.Data(test=x)}),
+        ("--data.comparisons-valid", {"data": impl.Data(comparisons_train=x)}),
+        ("{post}", {"data": impl.Data(query_format="nothing")}),
+        ("{heading}", {"data": impl.Data(query_format="{heading} {post}")}),
+        ("--stages sft | nothing to do", {"stages": ("sft",), "sft_model": "x"}),
+        ("--stages reward | nothing to do", {"stages": ("reward",), "ppo": impl.PPO(reward_function="a:b")}),
+        ("--stages | nothing to do", {"stages": ()}),
+        ("--stages evaluate ppo | order corpus pretrain sft", {"stages": ("evaluate", "ppo")}),
+        ("--stages ppo ppo | once each", {"stages": ("ppo", "ppo")}),
+        ("--from-run | --stages", {"from_run": (x,)}),
     ):
-        (name,) = bad
-        assert f"--ppo.{name.replace('_', '-')}" in config_error(lambda bad=bad: impl.PPO(**bad))
-    assert "--compute.max-grad-norm is -1" in config_error(lambda: impl.Compute(max_grad_norm=-1))
-    assert "--stages: benchmark" in config_error(lambda: impl.Config(stages=("ppo", "benchmark")))
-    assert "--seed is -1" in config_error(lambda: impl.Config(seed=-1))
-    assert "--data.valid" in config_error(lambda: impl.Data(train=Path("x")))
-    assert "--data.train" in config_error(lambda: impl.Data(test=Path("x")))
-    assert "{post}" in config_error(lambda: impl.Data(query_format="nothing"))
-    assert "{heading}" in config_error(lambda: impl.Data(query_format="{heading} {post}"))
+        message = config_error(lambda settings_=settings_: impl.Config(**settings_))
+        assert all(culprit in message for culprit in culprits.split(" | ")), message
+    assert impl.Config(stages=("ppo",), from_run=(x,)).from_run == (x,)
+    assert impl.PPO(total_episodes=100, batch_size=64).num_updates == 1, "a part of a batch is no update"
 
 
 @law(
-    "bad input ends with exit code 2 and one line that names the culprit, never a traceback",
+    "a number that makes no sense is refused with its flag, whatever flag it is; the bounds themselves are allowed",
+    "README: flags", *PROGRAM, "Optimizer",
+)  # fmt: skip
+def test_every_number_is_checked():
+    may_be_0 = {
+        "seed", "ppo.gamma", "ppo.lam", "ppo.kl_coef", "ppo.vf_coef", "sft.prompt_weight", "reward.pretraining_pairs"
+    }  # fmt: skip
+    may_be_0 |= {"optimizer.beta2", "optimizer.max_grad_norm", "compute.checkpoint_minutes"}
+    at_least_2 = {
+        "data.query_tokens", "data.response_tokens", "data.comparison_tokens", "compare.posts", "compare.samples"
+    }  # fmt: skip
+    at_most_1, usual = {"ppo.gamma", "ppo.lam", "optimizer.beta2"}, impl.Config()
+    numbers_ = {flag: value for flag, value in all_values(usual) if type(value) in (int, float)} | {"ppo.max_kl": 1.0}
+    assert len(numbers_) > 40
+    for flag in numbers_:
+        bad, good = [-1, math.nan, math.inf, 1e300], [1]
+        (good if flag in may_be_0 else bad).append(0)
+        bad += [1.5] if flag in at_most_1 else []
+        if flag in at_least_2:
+            bad, good = [*bad, 1], [2]
+        if flag == "ppo.missing_eos_score":
+            bad, good = [math.nan, math.inf, -math.inf], [-1, 0, 1]
+        for value in bad:
+            message = config_error(lambda flag=flag, value=value: with_flag(usual, flag, value))
+            assert message.startswith(f"--{flag.replace('_', '-')} is {value}, must be "), message
+        for value in good:
+            try:
+                with_flag(usual, flag, value)
+            except impl.InputError as error:  # it may contradict another flag, which has its own message
+                assert "must be" not in str(error), error
+
+
+@law(
+    "bad input ends with exit code 2 and one line that names the culprit, never a traceback; so does a disk that is full",
     "README: errors", *PROGRAM,
 )  # fmt: skip
 def test_bad_input_gives_one_line_and_exit_code_2():
@@ -3479,6 +3609,7 @@ def test_bad_input_gives_one_line_and_exit_code_2():
     )
     (here / "empty.jsonl").write_text("")
     (here / "a file").write_text("")
+    after = [*data, "--stages", "ppo", "--from-run", finished_run()]
     cases = {
         "contradiction": (["--ppo.batch-size", 10, "--ppo.num-minibatches", 4], "10"),
         "unknown flag": (["--ppo.clip", 1], "clip"),
@@ -3489,50 +3620,44 @@ def test_bad_input_gives_one_line_and_exit_code_2():
         "not a model": ([*data, "--stages", "sft", "--model", here], str(here)),
         "missing stage": ([*data, "--stages", "ppo"], "sft"),
         "missing run": ([*data, "--stages", "ppo", "--from-run", "no-such-run"], "no-such-run"),
-        "unwritable": (["--out", here / "a file" / "runs"], "a file"),
-        "out is a file": (["--out", here / "a file"], "a file"),
-        "a policy as reward model": (
-            [*data, "--stages", "ppo", "--from-run", finished_run(), "--reward-model", finished_run() / "sft"],
-            "not a reward model",
-        ),
-        "too few positions": (
-            [*data, "--stages", "ppo", "--from-run", finished_run(), "--data.query-tokens", 5000],
-            "5000",
-        ),
-        "existing run": (["--out", finished_run().parent, "--name", finished_run().name], "exists"),
+        "not a run": ([*data, "--stages", "ppo", "--from-run", here], "is not the folder of a run"),
+        "unwritable": (["--folder", here / "a file" / "runs"], "a file"),
+        "folder is a file": (["--folder", here / "a file"], "a file"),
+        "a policy as reward model": ([*after, "--reward-model", finished_run() / "sft"], "not a reward model"),
+        "too few positions": ([*after, "--data.query-tokens", 5000], "5000"),
+        "existing run": (["--folder", finished_run()], "exists"),
+        "nothing to resume": (["--resume", here], "is not the folder of a run"),
     }
     for name, (flags, culprit) in cases.items():
         before = sorted(path.name for path in finished_run().rglob("*"))
-        result = program("--out", here / "errors", *flags)
+        result = program("--folder", here / "errors" / name, *flags)
         said = result.stderr
         assert result.returncode == 2, f"{name}: exit code {result.returncode}\n{said}"
         assert "Traceback" not in said and culprit in said, f"{name}:\n{said}"
         if name not in ("contradiction", "unknown flag"):  # tyro draws a box around those
             assert len(said.strip().splitlines()) == 1, f"{name}: more than one line\n{said}"
         assert sorted(path.name for path in finished_run().rglob("*")) == before
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["pmo.py", "--folder", str(here / "full")])
+        patch.setattr(impl, "write_json", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        impl.main()
+    assert end.value.code == 2 and said.getvalue() == "pmo: [Errno 28] No space left on device\n"
 
 
 @law(
     "sorting, trimming, padding on the right and a head on response positions only change no gradient: each is that of whole "
     "rows, one by one, through the whole model",
-    "README: Speed", *ENGINE_NEEDS, "ppo_losses", "roll_out", "micro_batches",
+    "README: Speed", *ENGINE_NEEDS, "ppo_losses", "micro_batches",
 )  # fmt: skip
 def test_the_fast_path_has_the_plain_paths_gradient():
     for family in ("neox", "llama"):
-        models, config = (
-            tiny_models(family),
-            impl.PPO(batch_size=8, num_minibatches=1, total_episodes=8, temperature=0.7),
-        )
+        models, config = tiny_models(family), impl.PPO(temperature=0.7)
         rollout = tiny_rollout(models, config)
-        advantages, returns = advantages_and_returns(rollout, config)
-        with torch.no_grad():  # away from the rollout's policy, so that some ratios are clipped
-            for parameter in (*models.policy.parameters(), *models.value_model.parameters()):
-                parameter.add_(0.02 * torch.sin(torch.arange(parameter.numel())).view_as(parameter))
-        for rows in impl.micro_batches(rollout.batch.lengths, range(8), 3):
-            impl.ppo_losses(models, rollout, advantages, returns, list(range(8)), config, engine(3), rows)[
-                "loss"
-            ].backward()
-        trained = [p for m in (models.policy, models.value_model) for p in m.parameters() if p.requires_grad]
+        move_away(models)
+        for rows in impl.micro_batches(rollout.lengths, range(8), 3):
+            impl.ppo_losses(models, config, rollout[rows], rollout)["loss"].backward()
+        trained = parameters_of(models)
         fast = [p.grad.clone() for p in trained]
         for p in trained:
             p.grad = None
@@ -3543,9 +3668,9 @@ def test_the_fast_path_has_the_plain_paths_gradient():
             logprobs = (logits / 0.7).log_softmax(-1)[range(n), response]
             hidden = models.value_model.classifier.base_model(input_ids=row).last_hidden_state[0, len(query) - 1 : -1]
             values = models.value_model.classifier.score(hidden)[:, 0] + models.value_model.bias
-            ratio, A = (logprobs - rollout.logprobs[i, :n]).exp(), advantages[i, :n]
+            ratio, A = (logprobs - rollout.logprobs[i, :n]).exp(), rollout.advantages[i, :n]
             policy = -torch.min(ratio * A, ratio.clamp(0.8, 1.2) * A)
-            old, R = rollout.values[i, :n], returns[i, :n]
+            old, R = rollout.values[i, :n], rollout.returns[i, :n]
             value = torch.max((values - R) ** 2, (old + (values - old).clamp(-0.2, 0.2) - R) ** 2) / 2
             ((policy + 0.1 * value).sum() / tokens).backward()
         norm = math.sqrt(sum(p.grad.square().sum().item() for p in trained))
@@ -3554,86 +3679,76 @@ def test_the_fast_path_has_the_plain_paths_gradient():
 
 
 @law(
-    "an update's costs are counted once: every response token sampled, three passes forward, one per epoch in training; "
-    "padding is the share of computed slots that hold no token",
-    "README: Speed", *RUN_NEEDS, "Engine", "lay_out",
+    "the benchmark says where an update's time goes: sampling, forwards, training, with tokens per second and the share of what "
+    "the machine can do",
+    "README: Speed", *RUN_NEEDS, "sample", "map_rows", "optimizer_step",
 )  # fmt: skip
-def test_costs_are_counted_once():
-    updates = [record for record in metrics_of(finished_run(), timings=True) if record["stage"] == "ppo"]
-    for update in updates:
-        tokens = update["tokens/training"] / impl.PPO().num_ppo_epochs
-        assert update["tokens/sampling"] == pytest.approx(16 * update["val/response_tokens"])
-        assert update.get("tokens/forwards") == 3 * tokens and tokens > update["tokens/sampling"]
-        assert update["val/longest_response"] >= update["val/response_tokens"]
-        assert 0 <= update["padding/training"] < 1 and 0 <= update["padding/sampling"] < 1
-        assert all(update[f"time/{phase}"] > 0 for phase in ("sampling", "forwards", "training"))
-    machine, batch = engine(), some_batch(((1, 2), (3, 3)))
-    with machine.timed("forwards"):
-        machine.lay_out(batch)
-    costs = machine.statement()
-    assert costs["tokens/forwards"] == 9 and costs["padding/forwards"] == pytest.approx(1 - 9 / 12)
-    assert machine.statement() == {}, "a statement starts the account anew"
+def test_the_benchmark_says_where_the_time_goes():
+    train, valid = toy_files()
+    flags = ["--data.train", train, "--data.valid", valid, "--pretrain.width", 32, "--pretrain.heads", 2]
+    flags += [
+        "--ppo.total-episodes", 48, "--ppo.batch-size", 16, "--data.response-tokens", 8, "--folder", workshop() / "timed"
+    ]  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        result = benchmark(*map(str, flags))
+    phases = result["phases"]
+    assert set(phases) == {"sampling", "forwards", "training"} and result["updates"] == 2
+    assert result["seconds"] == pytest.approx(sum(row["seconds"] for row in phases.values()))
+    updates = [m for m in metrics_of(workshop() / "timed", timings=True) if m["stage"] == "ppo"]
+    assert 0 < result["seconds"] < 1.1 * max(b["seconds"] - a["seconds"] for a, b in itertools.pairwise(updates))
+    model = impl.load_policy(workshop() / "timed" / "sft")
+    body = sum(p.numel() for p in model.parameters()) - model.get_output_embeddings().weight.numel()  # tied: once
+    for row in phases.values():
+        assert row["seconds"] > 0 and 0 < row["share of peak"] < 2
+    written, forwards = (phases[name]["tokens/s"] * phases[name]["seconds"] for name in ("sampling", "forwards"))
+    read = forwards / 3  # by reward model, policy with value model, reference
+    assert 16 <= written <= 16 * 8 and read > written + 16 * 20
+    training = phases["training"]
+    assert training["tokens/s"] * training["seconds"] == pytest.approx(2 * read), "two epochs"
+    head = model.get_output_embeddings().weight.numel()
+    done = training["share of peak"] * training["seconds"] * result["flops"]
+    assert done == pytest.approx(6 * 2 * (2 * body * read + head * written), rel=1e-3)
+    assert all(phase in said.getvalue() for phase in phases) and not hasattr(impl.sample, "__wrapped__")
 
 
 @law(
-    "a benchmark leaves seconds, tokens per second, padding and shares of the machine's peak, by phase",
-    "README: Speed", *RUN_NEEDS, "benchmark", "machine_limits",
+    "AdamW's memory of squared gradients and the limit of the gradient's norm are those asked for, in every stage",
+    "D21, D22; Kingma & Ba 2015, algorithm 1", *RUN_NEEDS, "adamw", "Optimizer",
 )  # fmt: skip
-def test_a_benchmark_says_where_the_time_goes():
-    config = tiny_config("benchmark", stages=("benchmark",))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(impl, "machine_limits", lambda engine: (1e9, 1e8))
-        impl.start(config)
-    folder = workshop() / "runs" / "benchmark"
-    result, updates = json.loads((folder / "benchmark.json").read_text()), metrics_of(folder, timings=True)[1:]
-    assert result["updates"] == 2 and set(result["phases"]) == {"sampling", "forwards", "training"}
-    model = impl.load_policy(folder / "sft")
-    head = model.get_output_embeddings().weight.numel()  # tied: counted once, as the head
-    layers, D = model.config.num_hidden_layers, model.config.hidden_size
-    body = sum(p.numel() for p in model.parameters()) - head
-    one = {name: sum(u[name] for u in updates) / 2 for name in updates[0] if "/" in name}  # a median of two
-    written, read = one["tokens/sampling"], one["tokens/training"] / config.ppo.num_ppo_epochs
-    expected = {
-        "sampling": 2 * body * read + 2 * head * written,
-        "forwards": 4 * 2 * body * read + 2 * 2 * head * written,
-        "training": config.ppo.num_ppo_epochs * 3 * (2 * 2 * body * read + 2 * head * written),
-    }
-    for phase, operations in expected.items():
-        row, seconds = result["phases"][phase], one[f"time/{phase}"]
-        assert row["seconds"] == pytest.approx(seconds)
-        assert row["tokens_per_second"] == pytest.approx(one[f"tokens/{phase}"] / seconds)
-        assert row["padding"] == pytest.approx(one[f"padding/{phase}"])
-        assert row["share_of_peak_flops"] == pytest.approx(operations / seconds / 1e9)
-    cache = 2 * layers * D * (read - written / 2) / 16 * written
-    moved = 4 * ((body + head) * one["val/longest_response"] + cache)
-    share = result["phases"]["sampling"]["share_of_bandwidth"]
-    assert share == pytest.approx(moved / one["time/sampling"] / 1e8)
-    assert result["seconds"] == pytest.approx(sum(one[f"time/{phase}"] for phase in expected))
-    flops, bandwidth = impl.machine_limits(engine())
-    assert 1e8 < flops < 1e16 and 1e8 < bandwidth < 1e14
-
-
-@law(
-    "AdamW's memory of squared gradients is the one asked for, in every stage",
-    "D21; Kingma & Ba 2015, algorithm 1", *RUN_NEEDS, "adamw", "Engine",
-)  # fmt: skip
-def test_every_stage_has_the_second_moment_asked_for():
-    seen, adamw, earlier = [], impl.adamw, finished_run()
-    config = tiny_config("beta2", sft=impl.SFT(epochs=0.1), compute=impl.Compute(adam_beta2=0.9))
+def test_every_stage_has_the_optimizer_asked_for():
+    config = stage_config("optimizer", "pretrain", "sft", "reward", "ppo", sft=impl.SFT(epochs=0.1))
+    config = replace(config, optimizer=impl.Optimizer(beta2=0.9, max_grad_norm=0.5))
     config = replace(config, pretrain=replace(config.pretrain, epochs=0.1), ppo=replace(config.ppo, total_episodes=16))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(impl, "adamw", lambda *groups, **options: seen.append(adamw(*groups, **options)) or seen[-1])
-        impl.start(replace(config, stages=("pretrain", "sft", "reward", "ppo"), from_run=earlier))
-    assert len(seen) == 4 and all(
-        group["betas"] == (0.9, 0.9) for optimizer in seen for group in optimizer.param_groups
-    )
+    made = [optimizer for _, optimizer in watched(config, "adamw")["adamw"]]
+    groups = [group for optimizer in made for group in optimizer.param_groups]
+    assert len(made) == 4 and len(groups) == 5, "PPO's has two groups"
+    assert all(group["betas"] == (0.9, 0.9) and group["max_grad_norm"] == 0.5 for group in groups)
+    assert [group["initial_lr"] for group in groups[-2:]] == [config.ppo.lr, config.ppo.value_lr]
     x = torch.nn.Parameter(torch.zeros(()))
-    optimizer = impl.adamw({"params": [x], "lr": 1.0}, beta2=0.5)
+    optimizer = impl.adamw(impl.Optimizer(beta2=0.5), (torch.nn.ParameterList([x]), 1.0))
     for gradient in (1.0, 3.0):
         x.grad = torch.tensor(gradient)
         optimizer.step()
     m, v = 0.9 * 0.1 * 1 + 0.1 * 3, 0.5 * 0.5 * 1 + 0.5 * 9
     close(x, -1.0 - (m / (1 - 0.81)) / math.sqrt(v / 0.75), tolerance=1e-4)
+
+
+@law(
+    "where and in what pieces to compute is what --compute says: device, precision, sizes",
+    "README: flags", "Engine", "Compute",
+)  # fmt: skip
+def test_the_engine_is_the_one_asked_for():
+    machine = impl.Engine.start(
+        impl.Compute(device="cpu", precision="bfloat16", micro_batch_size=3, sample_batch_size=5)
+    )
+    assert (machine.micro_batch_size, machine.sample_batch_size, machine.bfloat16) == (3, 5, True)
+    assert machine.device.type == "cpu" and (machine.rank, machine.world, machine.fsdp) == (0, 1, False)
+    policy = tiny_policy("neox")
+    with machine.autocast():
+        assert policy(input_ids=torch.tensor([[1, 2]])).logits.dtype == torch.bfloat16
+    assert not impl.Engine.start(impl.Compute(device="cpu")).bfloat16
+    if not torch.cuda.is_available():
+        assert "cuda" in config_error(lambda: impl.Engine.start(impl.Compute(device="cuda")))
 
 
 @law(
@@ -3659,7 +3774,7 @@ def test_the_papers_script_runs_end_to_end():
         "SOURCE": f"file://{workshop()}/mirror",
     }  # fmt: skip
     flags = [
-        "--out", workshop() / "runs", "--name", "tldr", "--sft.batch-size", 8, "--reward.batch-size", 8,
+        "--folder", workshop() / "runs" / "tldr", "--sft.batch-size", 8, "--reward.batch-size", 8,
         "--ppo.total-episodes", 16, "--ppo.batch-size", 8,
     ]  # fmt: skip
     command = ["bash", script, *map(str, flags)]
@@ -3689,17 +3804,21 @@ def test_the_papers_script_runs_end_to_end():
     "README: files of a run", "fresh_folder",
 )  # fmt: skip
 def test_runs_never_share_a_folder():
-    out = workshop() / "fresh"
-    assert [impl.fresh_folder(out, None).name for _ in range(3)] == ["run-001", "run-002", "run-003"]
-    with pytest.raises(impl.InputError, match="run-002 exists"):
-        impl.fresh_folder(out, "run-002")
+    here = workshop() / "fresh"
+    (here / "runs" / "something else").mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        assert [impl.fresh_folder(None).name for _ in range(3)] == ["run-001", "run-002", "run-003"]
+        with pytest.raises(impl.InputError, match="run-002 exists"):
+            impl.fresh_folder(Path("runs/run-002"))
+        Path("runs/run-001").rmdir()
+        assert impl.fresh_folder(None).name == "run-001" and impl.fresh_folder(Path("a/b")).is_dir()
 
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5,
+)  # fmt: skip
 
 
 @law(
@@ -3800,13 +3919,13 @@ def test_the_choice_is_the_chosen_text():
 
 
 @law(
-    "a shown sample is each model's own text with its own score",
-    "README: samples.jsonl", *RUN_NEEDS, "show_sample", "Run", "load_models",
+    "a shown sample is each model's own text with its own score, the fixed one where it does not end",
+    "D12; README: samples.jsonl", *RUN_NEEDS, "show_sample", "Run", "load_models",
 )  # fmt: skip
 def test_shown_samples_belong_to_their_models():
-    folder, config = finished_run(), tiny_config("shown", stages=("ppo",))
-    run = impl.Run(replace(config, from_run=folder))
-    models, codec, posts = impl.load_models(run), run.codec(folder / "sft"), toy_posts(12)
+    folder, config = finished_run(), stage_config("shown", "ppo")
+    run = impl.Run(config)
+    models, codec, posts = impl.load_models(run), run.codec("sft"), toy_posts(12)
     models = replace(models, policy=impl.load_policy(folder / "base"))
     impl.show_sample(run, 3, posts, codec, models)
     record = json.loads((run.folder / "samples.jsonl").read_text())
@@ -3818,82 +3937,97 @@ def test_shown_samples_belong_to_their_models():
     for name, responses in written.items():
         assert record[name] == codec.text(responses[0])
         score = impl.scores_of(models.reward_model, impl.Batch(queries, responses), engine()).item()
-        assert record[f"{name}_score"] == pytest.approx(score, abs=1e-5)
+        ended = responses[0][-1] == codec.eos_id
+        assert record[f"{name}_score"] == pytest.approx(score if ended else -3.0, abs=1e-5)
 
 
 @law(
-    "the verdict claims a difference only where its 95% interval leaves out no difference",
+    "the verdict claims a difference only where its 95% interval leaves out no difference, and nothing of fewer than 30 posts",
     "D24: never claim more than the controls allow", "verdict", "compare_marks",
 )  # fmt: skip
 def test_the_verdict_claims_no_more_than_its_intervals():
-    def judge(win: float, margin: float, rouge: float, half: float = 0.04) -> str:
-        figures = {"win rate": (0.5 + win, half), "margin gain": (margin, half), "rouge_l gain": (rouge, half)}
-        return impl.verdict(figures, figures, "T=0.01", "T=0.7", "a judge")
+    same = "not measurably different"
 
-    assert "is preferred to" in judge(0.05, 0, 0) and "cannot be told from" in judge(0.03, 0, 0)
-    assert "is worse than" in judge(-0.05, 0, 0) and "cannot be told from" in judge(-0.03, 0, 0)
-    assert "is more about" in judge(0, 0.05, 0) and "is no more about" in judge(0, 0.03, 0)
-    assert "is less about" in judge(0, -0.05, 0) and "is no more about" in judge(0, -0.03, 0)
-    assert (
-        "rose" in judge(0, 0, 0.05) and "did not move measurably" in judge(0, 0, 0.03) and "fell" in judge(0, 0, -0.05)
-    )
+    def judge(win: float, margin: float, rouge: float, half: float = 0.04, posts: int = 30) -> tuple[str, ...]:
+        middles = {"win rate": 0.5 + win, "margin gain": margin, "rouge_l gain": rouge}
+        figures = {name: (x, x - half, x + half) for name, x in middles.items()}
+        first, *lines = impl.verdict({"a against b": figures, "b against a": figures}, "a judge", posts).splitlines()
+        assert first.startswith("Judged by a judge") and len(lines) == 2 * (posts >= 30)
+        words = re.fullmatch(
+            rf" +a against b: win rate ({same}|\w+) \(.*%\), margin (.*), rouge_l (.*)", lines[0] if lines else ""
+        )
+        return words.groups() if words else (first,)
+
+    for x, word in ((0.05, "up"), (0.03, same), (0.0, same), (-0.03, same), (-0.05, "down")):
+        assert judge(x, 0, 0) == (word, same, same)
+        assert judge(0, x, 0) == (same, word, same)
+        assert judge(0, 0, x) == (same, same, word)
+    for posts in (1, 29):
+        assert judge(0.5, 1, 1, 0.0, posts) == (f"Judged by a judge: {posts} posts are too few for a verdict.",)
     numpy = pytest.importorskip("numpy")
     ours = {
-        "labeler": [1.0, 2.0, 3.0, 0.0],
-        "labeler, other post": [0.0, 0.0, 1.0, 0.0],
-        "rouge_l": [1.0, 0.0, 0.0, 0.0],
-    }
+        "labeler": [1.0, 2.0, 3.0, 0.0], "labeler, other post": [0.0, 0.0, 1.0, 0.0], "rouge_l": [1.0, 0.0, 0.0, 0.0],
+    }  # fmt: skip
     theirs = {"labeler": [0.0, 2.0, 4.0, 0.0], "labeler, other post": [0.0] * 4, "rouge_l": [0.0] * 4}
     ours, theirs = ({k: numpy.array(v) for k, v in {**m, "score": [0, 0, 0, 2]}.items()} for m in (ours, theirs))
     theirs["score"] = theirs["score"] - 1
     wins = impl.wins_of(ours["labeler"], theirs["labeler"])
     assert wins.tolist() == [1, 0.5, 0, 0.5]
     figures = impl.compare_marks(ours, theirs, wins)
-    means = {name: mean for name, (mean, _) in figures.items()}
+    means = {name: mean for name, (mean, _, _) in figures.items()}
     assert means == {"win rate": 0.5, "margin gain": -0.25, "rouge_l gain": 0.25, "score gain": 1.0}
-    assert figures["rouge_l gain"][1] == pytest.approx(1.96 * math.sqrt(3) / 4 / 2)
+    half = 1.96 * math.sqrt(3) / 4 / math.sqrt(3)  # standard deviation √3/4, four posts
+    assert figures["rouge_l gain"][1:] == pytest.approx((0.25 - half, 0.25 + half))
+
+
+@law(
+    "a share's interval holds the shares p that are within 1.96 of their own standard errors, also where all were won",
+    "Wilson 1927, eq. 4", "share_with_interval", wins=st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=1, max_size=40),
+)  # fmt: skip
+def test_shares_have_wilsons_interval(wins):
+    numpy = pytest.importorskip("numpy")
+    share, low, high = impl.share_with_interval(numpy.array(wins))
+    assert (
+        share == pytest.approx(sum(wins) / len(wins)) and -1e-9 <= low <= share + 1e-9 and share - 1e-9 <= high <= 1 + 1e-9
+    )  # fmt: skip
+    assert high - low > 1 / (1 + len(wins)), "an interval of nothing claims certainty"
+    for p in (low, high):
+        assert (share - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / len(wins), abs=1e-9)
 
 
 # the corpus and its labeler
 
 
 @law(
-    "the corpus has titles and no near-duplicates: no summary twice but for identifiers, no body twice in its first 60 letters",
+    "the corpus has titles and no near-duplicates: no summary twice but for identifiers, no body twice in its first 60 letters; "
+    "a summary is a sentence, a body at most 240 characters",
     "held-out posts must be new", "build_corpus", "Post",
 )  # fmt: skip
 def test_the_corpus_has_no_near_duplicates():
     body = "This body has many more than eight words in it, and all of them are different, I really think."
     summaries = [
-        ("a.py", "Return the value of `x` in the list.", body),
+        ("a.py", "Return the value of `x` in the list.", body + " Word" * 99),
         ("b.py", "Draw the same body once more, please.", body + " Another end, but the same start."),
-        (
-            "b.py",
-            "Return the value of `other_name` in the list.",
-            "A body of its own, long enough to be kept, it seems to me.",
-        ),
-        (
-            "b.py",
-            "Return the value of SomeClass4 in the list.",
-            "A body that is quite another one, with words enough to stay in.",
-        ),
+        ("b.py", "Return the value of `other_name` in the list.", "A body of its own, long enough to be kept, it seems to me."),
+        ("b.py", "Return the value of SomeClass4 in the list.", "A body that is quite another one, with words enough to stay in."),
         ("c.py", "Give back something completely different.", body),
-        (
-            "d.py",
-            "Draw a picture of seven green lines.",
-            "Yet another body, which nobody has seen, of more than eight words.",
-        ),
-    ]
+        ("d.py", "Draw a picture of seven green lines.", "Yet another body, which nobody has seen, of more than eight words."),
+        *(("f.py", summary, f"Body {i} of a post that has many words, none of which was seen so far.") for i, summary in enumerate(
+            ("Half of a good sentence with", "too small at its very start.", "Very short.", "Two-words longenough-for-a-summary.",
+             "A sentence that never seems to end and goes on, and on, and on, until it is too long."))),
+        ("g.py", "Show what is in a file that is empty.", "Seven words are not enough for this."),
+    ]  # fmt: skip
     pairs = [(file, impl.Post("lib", "name", post, summary)) for file, summary, post in summaries]
-    nameless = impl.Post(
-        "lib", "", "A body of its own, without a name, of more than eight words.", "Show it to me as it is."
-    )
-    pairs.append(("e.py", nameless))
+    nameless = "A body of its own, without a name, of more than eight words."
+    pairs.append(("e.py", impl.Post("lib", "", nameless, "Show it to me as it is.")))
     files = impl.build_corpus(pairs)
     assert {file: len(posts) for file, posts in files.items()} == {"a.py": 1, "d.py": 1}
+    assert len(files["a.py"][0].post) == 240
 
 
 @law(
-    "docstrings become posts: the name in words, the first line, the prose that follows without examples",
+    "docstrings become posts: the name in words, the first line, the prose that follows without examples; a library that is not "
+    "installed is left out",
     "PEP 257", "docstrings",
 )  # fmt: skip
 def test_docstrings_become_posts():
@@ -3902,6 +4036,9 @@ def test_docstrings_become_posts():
     assert post.summary.startswith(("Clean up indentation", "Get the documentation"))
     assert {subreddit for subreddit, _ in posts} >= {"python", "torch"}
     assert not any(">>>" in post.post.split("\n\n")[0][:3] for post in posts.values())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "LIBRARIES", ("no_such_library",))
+        assert list(impl.docstrings()) == []
 
 
 @law(
@@ -3918,6 +4055,47 @@ def test_the_labeler_judges_the_post_not_the_style():
     assert labeler.score(posts[0], "") == 0
     for post in posts[:12]:
         assert -0.2 < labeler.score(post, post.post) <= 1 + 1e-9
+
+
+@law(
+    "a run says in what commit pmo.py was, with -dirty where it was edited since",
+    "README: files of a run", *PROGRAM, "provenance",
+)  # fmt: skip
+def test_the_commit_says_when_it_is_not_what_ran():
+    if not shutil.which("git"):
+        pytest.skip("missing: git")
+    checkout = workshop() / "checkout"
+    checkout.mkdir()
+    git = ["git", "-C", str(checkout), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (checkout / "pmo.py").write_text("1\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "one"], ["tag", "-am", "v1", "v1"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "__file__", str(checkout / "pmo.py"))
+        assert impl.provenance(impl.Config())["commit"] == head
+        (checkout / "pmo.py").write_text("2\n")
+        assert impl.provenance(impl.Config())["commit"] == f"{head}-dirty"
+
+
+@law(
+    "each of the 25 details stands, with its tag, in the functions that README names for it, and is held by laws of this file",
+    "README: the details, and their place in pmo.py", *PROGRAM,
+)  # fmt: skip
+def test_every_detail_stands_where_readme_says():
+    readme = Path(impl.__file__).resolve().parent / "README.md"
+    if not readme.exists():
+        pytest.skip("missing: README.md lies beside pmo.py")
+    rows = re.findall(r"^\| (D\d+) \|[^|]*\|([^|]*)\|([^|]*)\|", readme.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [tag for tag, _, _ in rows] == [f"D{i}" for i in range(1, 26)]
+    for tag, places, tests in rows:
+        for place in re.findall(r"`([\w.]+)`", places):
+            source = inspect.getsource(operator.attrgetter(place)(impl))
+            assert re.search(rf"\[[^\[\]]*\b{tag}\b[^\[\]]*\]", source), f"{place} does not say {tag}"
+        for name in re.findall(r"`(test_\w+?)_?(…)?`", tests):
+            assert any(known.startswith(name[0]) if name[1] else known == name[0] for known in LAWS), (
+                f"{tag}: {name[0]}"
+            )
 
 
 # -----------------------------------------------------------------------------
@@ -4059,7 +4237,7 @@ def flags_of(config: object) -> list[str]:
         if given[flag] != usual:
             value = given[flag]
             result.append(f"--{flag}".replace("_", "-"))
-            result += list(value) if isinstance(value, tuple) else [str(value)]
+            result += map(str, value) if isinstance(value, tuple) else [str(value)]
     return [flag for flag in result if flag != "True"]
 
 
@@ -4094,17 +4272,17 @@ def dying(function):
 
 owner, attribute = {
     "log": (pmo.Run, "log"), "term": (pmo.Run, "log"), "torch.save": (torch, "save"), "rename": (pmo.Path, "replace"),
-    "rollout": (pmo, "roll_out"),
+    "rollout": (pmo, "read_tokens"),
 }[where]
 setattr(owner, attribute, dying(getattr(owner, attribute)))
 pmo.main()
 """
 
 
-def killed(where: str, count: int, config: object) -> subprocess.CompletedProcess:
-    """The program with these settings, killed at the count-th call of some function (0: not at all)."""
+def killed(where: str, count: int, *flags: object) -> subprocess.CompletedProcess:
+    """The program with these flags, killed at the count-th call of some function (0: not at all)."""
     source = Path(impl.__file__).resolve()
-    command = [sys.executable, "-c", KILLER, where, str(count), str(source.parent), source.stem, *flags_of(config)]
+    command = [sys.executable, "-c", KILLER, where, str(count), str(source.parent), source.stem, *map(str, flags)]
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=workshop(), env=offline)
 
@@ -4119,124 +4297,229 @@ def same_run(one: Path, other: Path) -> None:
             assert weight.equal(weights_of(other / stage)[name]), f"{stage}: {name}"
 
 
+def every_step():
+    """A checkpoint after every step."""
+    return impl.Compute(checkpoint_minutes=0.0)
+
+
 @law(
-    "a run that is killed, at any moment, also while it writes a checkpoint, goes on with --resume and ends bit-identical",
+    "a run that is killed, at any moment, also while it writes its checkpoint, goes on with --resume and its folder alone, and "
+    "ends bit-identical",
     "D25; README: Resume", *RESUME_NEEDS,
 )  # fmt: skip
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(moments=None):
-    config = tiny_config("killed", compute=impl.Compute(checkpoint_minutes=0.0))
-    whole = killed("log", 0, replace(config, name="never killed"))
+    config, folder = tiny_config("killed", compute=every_step()), workshop() / "runs" / "killed"
+    whole = killed("log", 0, *flags_of(replace(config, folder=folder.with_name("never killed"))))
     assert whole.returncode == 0, whole.stderr
-    folder = workshop() / "runs" / "killed"
+    assert re.search(r"^peak memory: 0\.[1-9] GiB$", whole.stdout, re.MULTILINE), whole.stdout[-500:]
     # in pretraining; in the middle of a checkpoint; as a file gets its name; politely; in the third update of PPO
     moments = moments or [("log", 40), ("torch.save", 60), ("rename", 30), ("term", 2), ("rollout", 3)]
     for i, (where, count) in enumerate(moments):
-        result = killed(where, count, replace(config, resume=i > 0))
+        result = killed(where, count, *(("--resume", folder) if i else flags_of(config)))
         if where == "term":
-            assert result.returncode == 130 and "--name killed --resume" in result.stderr, result.stderr
+            assert result.returncode == 130 and f"--resume {folder}" in result.stderr, result.stderr
         else:
             assert result.returncode == -9, f"{where} {count}: {result.stdout[-500:]} {result.stderr}"
-        if i == 1:  # the newest checkpoint is damaged: the one before is used
-            newest = sorted((folder / "checkpoint").glob("*.pt"))[-1]
-            newest.write_bytes(newest.read_bytes()[:1000])
-    result = killed("log", 0, replace(config, resume=True))
+    result = killed("log", 0, "--resume", folder)
     assert result.returncode == 0 and "going on after step 2 of 3" in result.stdout, result.stderr
-    same_run(workshop() / "runs" / "never killed", folder)
-    assert not (folder / "checkpoint").exists() and not list(folder.rglob("*.part"))
-    again = killed("log", 0, replace(config, resume=True))
+    same_run(folder.with_name("never killed"), folder)
+    assert not (folder / "checkpoint.pt").exists() and not list(folder.rglob("*.part"))
+    again = killed("log", 0, "--resume", folder)
     assert again.returncode == 2 and "finished" in again.stderr, "a finished run is not run again"
 
 
 @law(
-    "a resumed run must have the same flags, a name, and a folder to go on in; a checkpoint that is no checkpoint is named",
-    "README: Resume", *RESUME_NEEDS,
+    "--resume takes up the run's own flags, all of them, whatever their values; those given now override, and a second resume "
+    "keeps what the first changed",
+    "README: Resume", *RESUME_NEEDS, "arguments_of",
 )  # fmt: skip
-def test_resuming_something_else_is_refused():
-    assert "--name" in config_error(lambda: impl.Config(resume=True))
-    assert "--name a/b" in config_error(lambda: impl.Config(name="a/b"))
-    config = tiny_config("to resume")
-    assert "to resume" in config_error(lambda: impl.Run(replace(config, resume=True)))
-    impl.Run(config)
-    other = replace(config, resume=True, seed=2, sft=replace(config.sft, epochs=3.0, lr=1.0))
-    message = config_error(lambda: impl.Run(other))
-    assert f"--seed was {config.seed}, is 2; --sft.epochs was {config.sft.epochs}, is 3.0" in message
-    assert "lr" not in message and "reward" not in message
-    for flag, section in (("max_grad_norm", "compute"), ("adam_beta2", "compute"), ("kl_coef", "ppo")):
-        other = replace(config, resume=True, **{section: replace(getattr(config, section), **{flag: 0.5})})
-        if flag == "max_grad_norm":
-            impl.Run(other)
-        else:
-            assert flag.replace("_", "-") in config_error(lambda other=other: impl.Run(other))
-    run = impl.Run(replace(config, resume=True))
-    torch.save({"step": 7, "sizes": {}}, run.folder / "checkpoint" / "reward-00000007.pt")
-    (run.folder / "checkpoint" / "sft-00000008.pt").write_text("not a checkpoint")
-    run.enter("sft")
-    assert run.checkpoint is None and sum("not usable" in said for said in run.said) == 1
-    run.enter("reward")
-    assert run.checkpoint["step"] == 7
-    slower = replace(config, resume=True, sft=replace(config.sft, lr=1e-4))
-    impl.Run(slower)
-    notes: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(impl.Run, "say", lambda run, text: notes.append(text))
-        impl.Run(slower)
-        assert notes == [], "nothing changed since it was last resumed"
-        impl.Run(replace(config, resume=True))
-    assert notes == [f"note: --sft.lr was 0.0001, is {config.sft.lr}"]
-    impl.Run(replace(config, name=None))  # a run that was named for its user
-    unnamed = sorted(path.name for path in run.folder.parent.iterdir() if re.fullmatch(r"run-\d+", path.name))[-1]
-    assert impl.Run(replace(config, name=unnamed, resume=True)).folder.name == unnamed
+def test_resuming_takes_up_the_runs_flags():
+    (train, valid), whole = toy_files(), finished_run()
+    rules()
+    unusual = impl.Config(
+        stages=("sft", "ppo", "evaluate"), folder=workshop() / "runs" / "unusual", from_run=(whole, whole), model=str(whole / "base"),
+        seed=0, track=False, sft=impl.SFT(epochs=0.1, prompt_weight=0.0),
+        data=impl.Data(train=train, valid=valid, test=valid, query_format='-"{post}"\n\n$HOME {title} é'),
+        ppo=impl.PPO(kl_estimator="k3", kl_in="loss", missing_eos_score=-0.25, whiten_rewards=True, whiten_advantages=False,
+                     max_kl=3.5, lr=1e-6, reward_function="toy_rules:names_it"),
+        optimizer=impl.Optimizer(max_grad_norm=0.0), compute=impl.Compute(device="cpu", precision="float32"),
+    )  # fmt: skip
+    for config in (unusual, tiny_config("usual")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(workshop())
+            impl.Run(config)
+            folder = config.folder
+            assert replace(asked_for("--resume", folder), resume=None, folder=folder) == config
+            changed = asked_for("--resume", folder, "--ppo.lr", 3e-5, "--compute.micro-batch-size", 4)
+            notes: list[str] = []
+            patch.setattr(impl.Run, "say", lambda run, text, notes=notes: notes.append(text))
+            impl.Run(changed)
+            assert notes == [
+                f"note: --ppo.lr was {config.ppo.lr}, is 3e-05", "note: --compute.micro-batch-size was 32, is 4"
+            ]  # fmt: skip
+            notes.clear()
+            again = asked_for("--resume", folder)
+            assert again.ppo == replace(config.ppo, lr=3e-5) and again.compute.micro_batch_size == 4
+            impl.Run(again)
+            assert notes == [], "nothing changed since it was last resumed"
+            impl.Run(asked_for("--resume", folder, "--ppo.lr", config.ppo.lr))
+            assert notes == [f"note: --ppo.lr was 3e-05, is {config.ppo.lr}"]
+        record = json.loads((folder / "config.json").read_text())
+        assert [len(resumed["config"]) for resumed in record["resumed"]] == [2, 0, 1]
+        assert record["resumed"][0]["started"] >= record["started"]
 
 
 @law(
-    "a checkpoint restores weights, optimizer, step and logs; two are kept",
+    "a resumed run must have the same flags, and a folder to go on in; a checkpoint that is no checkpoint is named, and runs no "
+    "code",
+    "README: Resume", *RESUME_NEEDS,
+)  # fmt: skip
+def test_resuming_something_else_is_refused():
+    import pickle
+
+    proof, config = workshop() / "the checkpoint ran", tiny_config("to resume")
+    folder = config.folder
+    nowhere = replace(config, resume=folder)
+    assert f"{folder} is not the folder of a run" in config_error(lambda: impl.Run(nowhere))
+    impl.Run(config)
+    other = replace(config, resume=folder, seed=2, sft=replace(config.sft, epochs=3.0, lr=1.0))
+    message = config_error(lambda: impl.Run(other))
+    assert f"--seed was {config.seed}, is 2; --sft.epochs was {config.sft.epochs}, is 3.0" in message
+    assert "lr" not in message and "reward" not in message
+    for flag in (
+        "optimizer.max_grad_norm",
+        "optimizer.beta2",
+        "ppo.kl_coef",
+        "ppo.cliprange_value",
+        "sft.prompt_weight",
+    ):
+        message = config_error(lambda flag=flag: impl.Run(with_flag(replace(config, resume=folder), flag, 0.75)))
+        assert flag.replace("_", "-") in message
+    for flag in ("pretrain.lr", "sft.lr", "reward.lr", "ppo.lr", "ppo.value_lr", "compute.checkpoint_minutes"):
+        impl.Run(with_flag(replace(config, resume=folder), flag, 0.5))
+
+    class Bomb:
+        def __reduce__(self):
+            return os.system, (f"touch '{proof}'",)
+
+    for content in (b"", b"not a checkpoint", pickle.dumps(Bomb()), (folder / "checkpoint.pt").read_bytes()[:200]):
+        (folder / "checkpoint.pt").write_bytes(content)
+        assert "checkpoint.pt is not usable" in config_error(lambda: impl.Run(replace(config, resume=folder)))
+    torch.save({"step": Bomb()}, folder / "checkpoint.pt")
+    assert "checkpoint.pt is not usable" in config_error(lambda: impl.Run(replace(config, resume=folder)))
+    assert not proof.exists()
+    (folder / "checkpoint.pt").unlink()
+    assert "finished" in config_error(lambda: impl.Run(replace(config, resume=folder)))
+
+
+def toy_training(run, mine: dict, last: int = 9) -> list[int]:
+    """Six steps of a tiny model in stage sft, left after the log of step `last`."""
+    run.enter("sft")
+    seen = []
+    for step in run.steps("sft", 6, **mine):
+        seen.append(step)
+        mine["optimizer"].zero_grad()
+        mine["model"](torch.ones(2)).square().sum().backward()
+        mine["optimizer"].step()
+        run.log({"x": mine["model"].weight.sum().item()})
+        if step == last:
+            break
+    return seen
+
+
+def toy_parts() -> dict:
+    torch.manual_seed(0)
+    x = torch.nn.Linear(2, 1)
+    return {"model": x, "optimizer": impl.adamw(impl.Optimizer(), (x, 0.1))}
+
+
+@law(
+    "a checkpoint restores weights, optimizer, step and logs, and only in the stage it was made in",
     "README: Resume", *RESUME_NEEDS,
 )  # fmt: skip
 def test_a_checkpoint_restores_what_steps_change():
-    def parts() -> dict:
-        x = torch.nn.Linear(2, 1)
-        return {"model": x, "optimizer": impl.adamw({"params": x.parameters(), "lr": 0.1})}
-
-    def run_steps(run, mine: dict, last: int) -> list[int]:
-        run.enter("sft")
-        seen = []
-        for step in run.steps("sft", 6, **mine):
-            seen.append(step)
-            mine["optimizer"].zero_grad()
-            mine["model"](torch.ones(2)).square().sum().backward()
-            mine["optimizer"].step()
-            run.log({"x": mine["model"].weight.sum().item()})
-            if step == last:
-                break
-        return seen
-
-    config = tiny_config("restored", compute=impl.Compute(checkpoint_minutes=0.0))
-    first, second = parts(), parts()
-    untouched = {k: v.clone() for k, v in first["model"].state_dict().items()}
-    run = impl.Run(config)
-    assert run_steps(run, first, last=3) == [0, 1, 2, 3]  # killed in the fourth step, after its log
-    assert [path.name for path in sorted((run.folder / "checkpoint").glob("*.pt"))] == [
-        "sft-00000002.pt",
-        "sft-00000003.pt",
-    ]
-    assert run_steps(impl.Run(replace(config, resume=True)), second, last=9) == [3, 4, 5]
-    whole = parts()
-    whole["model"].load_state_dict(untouched)
-    run_steps(impl.Run(replace(config, name="not interrupted")), whole, last=9)
+    config = tiny_config("restored", compute=every_step())
+    run, resumed = impl.Run(config), replace(config, resume=config.folder)
+    assert toy_training(run, toy_parts(), last=3) == [0, 1, 2, 3]  # killed in the fourth step, after its log
+    again, second, whole = impl.Run(resumed), toy_parts(), toy_parts()
+    assert len(metrics_of(run.folder)) == 3, "what was logged after the checkpoint is forgotten"
+    other = impl.Run(replace(resumed, compute=impl.Compute()))
+    assert list(other.steps("reward", 2, **toy_parts())) == [0, 1], "another stage starts anew"
+    torch.nn.init.zeros_(second["model"].weight)
+    assert toy_training(again, second) == [3, 4, 5]
+    toy_training(impl.Run(replace(config, folder=config.folder.with_name("not interrupted"))), whole)
     for name, weight in whole["model"].state_dict().items():
         assert weight.equal(second["model"].state_dict()[name])
-    assert metrics_of(run.folder) == metrics_of(workshop() / "runs" / "not interrupted")
+    assert metrics_of(run.folder) == metrics_of(config.folder.with_name("not interrupted"))
 
 
-def on_processes(processes: int, config: object, where: str = "log", count: int = 0) -> subprocess.CompletedProcess:
-    """The same with torchrun; `where` and `count` as in `killed`."""
+@law(
+    "checkpoints are made after the minutes asked for; Ctrl-C finishes the step and saves, a second one, or one outside of "
+    "steps, ends at once",
+    "README: Resume", *RESUME_NEEDS,
+)  # fmt: skip
+def test_checkpoints_come_when_they_should():
+    now, config = [0.0], tiny_config("minutes", compute=impl.Compute(checkpoint_minutes=2.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl.time, "monotonic", lambda: now[0])
+        run, parts = impl.Run(config), toy_parts()
+        saved = []
+        patch.setattr(
+            run, "save_progress", lambda progress: saved.append(progress["step"]) or setattr(run, "saved", now[0])
+        )
+        run.enter("sft")
+        for _ in run.steps("sft", 6, **parts):
+            now[0] += 50.0
+        assert saved == [3, 6], "100 seconds are too early, 150 are due"
+    run = impl.Run(replace(config, folder=config.folder.with_name("interrupted")))
+    for twice in (True, False):
+        run.interrupted, steps = False, run.steps("sft", 6, **toy_parts())
+        next(steps)
+        run.stop()
+        with pytest.raises(KeyboardInterrupt):
+            run.stop() if twice else next(steps)
+        assert (impl.Run(replace(run.config, resume=run.folder)).progress["step"] == 1) == (not twice)
+        steps.close()
+    run.interrupted = False
+    with pytest.raises(KeyboardInterrupt):
+        run.stop()
+
+
+@law(
+    "what a run writes is on the disk before it gets its name, and so is the name before anything builds on it",
+    "README: Resume; a kill leaves the kernel's buffers, a power cut does not", *RESUME_NEEDS,
+)  # fmt: skip
+def test_files_are_on_the_disk_before_they_get_their_names():
+    run, events = impl.Run(tiny_config("power cut")), []
+    fsync, rename = os.fsync, Path.replace
+
+    def logs(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "weights").write_text("much")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda number: events.append(os.fstat(number).st_ino) or fsync(number))
+        patch.setattr(Path, "replace", lambda path, target: events.append("rename") or rename(path, target))
+        run.write("model", logs)
+        run.append("metrics.jsonl", {"a": 1})
+        run.save_progress({"stage": "sft", "step": 1})
+    here = {path.name: path.stat().st_ino for path in (*run.folder.rglob("*"), run.folder)}
+    folder, first, second = (
+        here[run.folder.name], events.index("rename"), len(events) - 1 - events[::-1].index("rename"),
+    )  # fmt: skip
+    assert {here["model"], here["weights"]} <= set(events[:first]) and folder in events[first:second]
+    assert {here["metrics.jsonl"], here["checkpoint.pt"]} <= set(events[first:second]) and events[-1] == folder
+
+
+def on_processes(processes: int, where: str, count: int, *flags: object) -> subprocess.CompletedProcess:
+    """The same as `killed`, with torchrun."""
     (workshop() / "killer.py").write_text(KILLER)
     source = Path(impl.__file__).resolve()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     killer = [str(workshop() / "killer.py"), where, str(count), str(source.parent), source.stem]
     calm = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     options = {"capture_output": True, "text": True, "timeout": 300, "cwd": workshop(), "env": calm}
-    return subprocess.run([*launcher, *killer, *flags_of(config)], **options)
+    return subprocess.run([*launcher, *killer, *map(str, flags)], **options)
 
 
 def agrees_with(one: Path, many: Path) -> None:
@@ -4244,14 +4527,11 @@ def agrees_with(one: Path, many: Path) -> None:
     for name in ("samples.jsonl", "eval.jsonl", "data/comparisons_train.jsonl"):
         pattern = r'_score": [^,}]*'
         assert re.sub(pattern, "", (one / name).read_text()) == re.sub(pattern, "", (many / name).read_text()), name
-    for expected, found in zip(metrics_of(one), metrics_of(many)):
+    for expected, found in zip(metrics_of(one), metrics_of(many), strict=True):
         if "accuracy" in expected:  # of 16 pairs: rounding decides a tie
             assert found.pop("accuracy") == pytest.approx(expected.pop("accuracy"), abs=0.07)
-        skip = ("tokens/", "padding/")  # of process 0
         assert expected.pop("stage") == found.pop("stage")
-        expected, found = ({k: v for k, v in m.items() if not k.startswith(skip)} for m in (expected, found))
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert len(metrics_of(one)) == len(metrics_of(many))
 
 
 @law(
@@ -4263,16 +4543,15 @@ def test_many_processes_give_the_run_of_one():
     small = impl.Compute(micro_batch_size=3, sample_batch_size=5, checkpoint_minutes=0.0)
     config = tiny_config("one process", compute=small, sft=impl.SFT(epochs=3.0))
     config = replace(config, pretrain=replace(config.pretrain, epochs=2.0))
-    impl.start(config)
-    runs = workshop() / "runs"
-    result = on_processes(2, replace(config, name="two processes"))
+    runs = impl.start(config).parent
+    result = on_processes(2, "log", 0, *flags_of(replace(config, folder=runs / "two processes")))
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("== ppo") == 1, "one process speaks"
     agrees_with(runs / "one process", runs / "two processes")
-    sharded = replace(config, name="sharded", compute=replace(small, shard=True))
-    result = on_processes(2, sharded, "rollout", 3)
+    sharded = replace(config, folder=runs / "sharded", compute=replace(small, shard=True))
+    result = on_processes(2, "rollout", 3, *flags_of(sharded))
     assert "Signal 9" in result.stderr and not (runs / "sharded" / "ppo").exists(), result.stderr[-3000:]
-    result = on_processes(3, replace(sharded, resume=True))
+    result = on_processes(3, "log", 0, "--resume", runs / "sharded")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "going on after step 2 of 3" in result.stdout and "== sft" not in result.stdout
     agrees_with(runs / "one process", runs / "sharded")
@@ -4281,7 +4560,32 @@ def test_many_processes_give_the_run_of_one():
         assert whole.keys() == gathered.keys()
         for name, weight in whole.items():
             close(gathered[name], weight, tolerance=1e-4)
-    assert "torchrun" in config_error(lambda: impl.Run(replace(sharded, name="alone")))
+    assert "torchrun" in config_error(lambda: impl.Run(replace(sharded, folder=runs / "alone")))
+
+
+@law(
+    "two processes ask a rule and a judge once, and give the evaluation of one",
+    "[7]; README: Many processes", *RESUME_NEEDS, "outcome_scores", "votes",
+)  # fmt: skip
+def test_many_processes_ask_a_rule_once():
+    rules()
+    config = stage_config(
+        "rule of one", "ppo", "evaluate", evaluate=impl.Evaluate(judge="toy_rules:prefers_the_longer")
+    )
+    config = replace(config, ppo=replace(config.ppo, total_episodes=16, reward_function="toy_rules:counts"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workshop())
+        patch.delitem(sys.modules, "toy_rules", raising=False)
+        one = impl.start(config)
+        asked = Path("asked").read_text()
+        Path("asked").unlink()
+        many = config.folder.with_name("rule of two")
+        result = on_processes(2, "log", 0, *flags_of(replace(config, folder=many)))
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert Path("asked").read_text() == asked
+    assert (one / "eval.jsonl").read_text() == (many / "eval.jsonl").read_text()
+    rates = [json.loads((folder / "eval.json").read_text())["comparisons"] for folder in (one, many)]
+    assert all(rates[0][pair]["win rate"] == rates[1][pair]["win rate"] for pair in rates[0])
 
 
 @law(
@@ -4291,18 +4595,19 @@ def test_many_processes_give_the_run_of_one():
 )  # fmt: skip
 def test_work_is_dealt_once(groups, world):
     work = [[i] for i in range(groups)]
-    shares = [replace(engine(), rank=rank, world=world).deal(work) for rank in range(world)]
+    shares = [replace(engine(), rank=rank, world=world).shard(work) for rank in range(world)]
     assert sorted(rows for share in shares for rows, counts in share if counts) == work
     assert {len(share) for share in shares} == {math.ceil(groups / world)}, "all compute equally many"
 
 
 @law(
-    "PPO warns of the well-known bad signs, once each, and stops at the KL it is told to",
+    "PPO warns of the well-known bad signs, once each, and stops at the KL to the SFT model that it is told",
     "D14; README: what to watch; Gao et al. 2022, for reward hacking", *RUN_NEEDS, "bad_signs",
 )  # fmt: skip
 def test_bad_signs_are_said_once():
     fine = {"policy/first_abs_log_ratio": 1e-6, "val/eos_rate": 0.9, "policy/clipfrac": 0.1}
-    fine |= {"objective/scores": 1.0, "objective/labeler": 0.2}
+    assert list(impl.bad_signs([fine] * 20)) == [], "under a rule there is no labeler"
+    fine |= {"objective/scores": 1.0, "objective/raw_scores": 1.0, "objective/labeler": 0.2}
     assert list(impl.bad_signs([fine] * 20)) == []
     for name, value, word in (
         ("policy/first_abs_log_ratio", 0.03, "ratio"), ("val/eos_rate", 0.4, "end"), ("policy/clipfrac", 0.6, "clipped"),
@@ -4313,100 +4618,103 @@ def test_bad_signs_are_said_once():
         (0.2, 2.0, 0.17, True), (0.2, 2.0, 0.19, False), (0.2, 0.5, 0.1, False), (-0.05, 2.0, -0.06, False),
     ):  # fmt: skip
         earlier = fine | {"objective/labeler": first}
-        later = fine | {"objective/scores": score, "objective/labeler": labeler}
+        later = fine | {"objective/raw_scores": score, "objective/labeler": labeler}
         assert ["hacking" in warning for warning in impl.bad_signs([earlier] * 6 + [later] * 2)] == [True] * hacked
+    ended = fine | {"objective/scores": 2.0, "objective/labeler": 0.1}  # all that rose is the share that ends
+    assert list(impl.bad_signs([fine] * 6 + [ended] * 2)) == []
     run = impl.Run(tiny_config("warns"))
     run.warn(["a sign"])
     run.warn(["a sign"])
     assert run.said == {"warning: a sign"}
-    config = tiny_config("stops", stages=("ppo",), from_run=finished_run())
-    impl.start(replace(config, ppo=replace(config.ppo, max_kl=-1.0)))
-    assert len(metrics_of(workshop() / "runs" / "stops")) == 1 and (workshop() / "runs" / "stops" / "ppo").exists()
+    config = stage_config("stops", "ppo")
+    impl.start(replace(config, ppo=replace(config.ppo, max_kl=1e-7)))  # at first it is 0, the KL to itself
+    assert len(metrics_of(config.folder)) == 2 and (config.folder / "ppo").exists()
 
 
 @law(
-    "training that leaves the finite numbers stops with stage and step, and says how to go on",
+    "training that leaves the finite numbers stops with stage and step, saves nothing, and goes on from before it, at another "
+    "learning rate if asked",
     "D22", *RESUME_NEEDS,
 )  # fmt: skip
 def test_divergence_names_stage_and_step():
-    config = tiny_config("diverges", stages=("sft",), from_run=finished_run())
-    losses = iter(range(10**9))
+    config, calls = stage_config("diverges", "sft", compute=every_step()), itertools.count()
+    original = impl.optimizer_step
 
-    def spoiled(shares: dict[str, Tensor], bad: bool) -> dict[str, Tensor]:
-        return {name: share * (math.nan if bad else 1) for name, share in shares.items()}
+    def spoiled(machine, optimizer, minibatch, losses) -> dict[str, float]:
+        bad = math.nan if next(calls) == 4 else 1.0
+        return original(machine, optimizer, minibatch, lambda *args: {k: v * bad for k, v in losses(*args).items()})
 
     with pytest.MonkeyPatch.context() as patch:
-        original = impl.language_model_losses
-        patch.setattr(
-            impl, "language_model_losses",
-            lambda *args: spoiled(original(*args), next(losses) == 4),
-        )  # fmt: skip
+        patch.setattr(impl, "optimizer_step", spoiled)
         message = config_error(lambda: impl.start(config))
-    assert "sft, step 5: loss is nan" in message and "--name diverges --resume" in message
-    folder = workshop() / "runs" / "diverges"
-    (path,) = (folder / "checkpoint").glob("*.pt")
-    saved = torch.load(path, weights_only=True)
+    assert "sft, step 5: loss is nan" in message and f"--resume {config.folder}" in message
+    saved = torch.load(config.folder / "checkpoint.pt", weights_only=True)
     assert saved["step"] == 4, "the fifth step was not taken"
-    assert all(weight.isfinite().all() for weight in saved["models"].values())
-    slower = replace(config, resume=True, sft=replace(config.sft, lr=config.sft.lr / 2))
-    impl.start(slower)  # the loss was spoiled once: the fifth step is taken now, at the new rate
-    steps, before = metrics_of(folder), metrics_of(finished_run())
-    assert [m["step"] for m in steps] == [m["step"] for m in before if m["stage"] == "sft"]
-    rates = [(m["lr"], b["lr"]) for m, b in zip(steps, (b for b in before if b["stage"] == "sft")) if "lr" in m]
+    assert all(weight.isfinite().all() for weight in saved["model"].values())
+    impl.start(asked_for("--resume", config.folder, "--sft.lr", config.sft.lr / 2))
+    steps, before = metrics_of(config.folder), [m for m in metrics_of(finished_run()) if m["stage"] == "sft"]
+    assert [m["step"] for m in steps] == [m["step"] for m in before]
+    rates = [(m["lr"], b["lr"]) for m, b in zip(steps, before) if "lr" in m]
     assert [lr / usual for lr, usual in rates] == pytest.approx([1.0] * 4 + [0.5] * (len(rates) - 4))
-    record = json.loads((folder / "config.json").read_text())
-    assert record["resumed"][0]["config"]["--sft.lr"] == [config.sft.lr, config.sft.lr / 2]
-    assert record["resumed"][0]["started"] >= record["started"]
+    record = json.loads((config.folder / "config.json").read_text())
+    assert record["resumed"][0]["config"] == {"--sft.lr": f"--sft.lr was {config.sft.lr}, is {config.sft.lr / 2}"}
     run = impl.Run(tiny_config("a score"))
     assert "objective/scores is inf" in config_error(lambda: run.log({"objective/scores": math.inf}))
 
 
 @law(
-    "PPO that diverges in the middle of an update leaves the checkpoints from before that update as they are",
-    "D22", *RESUME_NEEDS, "optimizer_step",
+    "PPO that diverges in the middle of an update goes on from before that update, with its history, and ends as if nothing "
+    "had happened",
+    "D22", *RESUME_NEEDS, "optimizer_step", "bad_signs",
 )  # fmt: skip
-def test_divergence_within_an_update_spares_clean_checkpoints():
-    config = tiny_config("diverges late", stages=("ppo",), from_run=finished_run())
-    config = replace(config, compute=replace(config.compute, checkpoint_minutes=0.0))
+def test_divergence_within_an_update_spares_the_checkpoint():
+    config, calls, original = (
+        stage_config("diverges late", "ppo", compute=every_step()), itertools.count(), impl.optimizer_step,
+    )  # fmt: skip
     steps = config.ppo.num_ppo_epochs * config.ppo.num_minibatches
-    calls, original = itertools.count(), impl.optimizer_step
 
-    def spoiled(*args: object) -> dict[str, float]:
-        if next(calls) == 2 * steps + steps - 1:  # the last step of the third update
-            losses = args[-1]
-            args = (*args[:-1], lambda rows: {name: share * math.nan for name, share in losses(rows).items()})
-        return original(*args)
+    def spoiled(machine, optimizer, minibatch, losses) -> dict[str, float]:
+        bad = math.nan if next(calls) == 3 * steps - 1 else 1.0  # the last step of the third update
+        return original(machine, optimizer, minibatch, lambda *args: {k: v * bad for k, v in losses(*args).items()})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(impl, "optimizer_step", spoiled)
-        message = config_error(lambda: impl.start(config))
-    paths = sorted((workshop() / "runs" / "diverges late" / "checkpoint").glob("*.pt"))
-    assert [path.name for path in paths] == ["ppo-00000001.pt", "ppo-00000002.pt"] and str(paths[-1]) in message
-    taken = [torch.load(path, weights_only=True)["optimizer"]["state"].values() for path in paths]
-    assert [{int(state["step"]) for state in states} for states in taken] == [{steps}, {2 * steps}]
+        assert "ppo, step 3" in config_error(lambda: impl.start(config))
+    saved = torch.load(config.folder / "checkpoint.pt", weights_only=True)
+    assert {"model", "optim"} <= saved.keys(), "nothing was saved after the last whole update"
+    assert saved["step"] == 2 and {int(state["step"]) for state in saved["optim"]["state"].values()} == {2 * steps}
+    histories = watched(asked_for("--resume", config.folder), "bad_signs")["bad_signs"]
+    assert [len(args[0]) for args, _ in histories] == [3]
+    for name, weight in weights_of(finished_run() / "ppo").items():
+        assert weight.equal(weights_of(config.folder / "ppo")[name])
 
 
 @law(
     "a rollout in which any model's numbers are not finite stops PPO before a step, and says which",
-    "D22", *RUN_NEEDS, "Diverged",
+    "D22", *RUN_NEEDS, "Diverged", "read_tokens",
 )  # fmt: skip
 def test_a_rollout_that_is_not_finite_names_the_model():
+    good = tiny_rollout(tiny_models("neox"), impl.PPO())
     for model, weight, name in (
         ("policy", "gpt_neox.final_layer_norm.bias", "logprobs"),
         ("ref_policy", "gpt_neox.final_layer_norm.bias", "ref_logprobs"),
         ("value_model", "bias", "values"),
-        ("reward_model", "bias", "scores"),
+        ("", "", "scores"),
     ):
-        models = tiny_models("neox")
+        models, scores = tiny_models("neox"), good.scores
         with torch.no_grad():
-            dict(getattr(models, model).named_parameters())[weight][:] = math.nan
-        sampler = replace(models, policy=tiny_policy("neox"))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                impl, "sample", partial(lambda original, policy, *args: original(sampler.policy, *args), impl.sample)
-            )
-            message = config_error(lambda models=models: tiny_rollout(models, impl.PPO()))
+            if model:
+                dict(getattr(models, model).named_parameters())[weight][:] = math.nan
+            else:
+                scores = scores * math.nan
+        message = config_error(
+            lambda models=models,
+            scores=scores: impl.read_tokens(models, good.batch, scores, EOS, 0.7, [list(range(8))], engine())
+        )  # fmt: skip
         assert message.startswith(f"{name} of the rollout"), message
+    policy = tiny_policy("neox")
+    torch.nn.init.constant_(policy.gpt_neox.final_layer_norm.bias, math.nan)
+    assert len(impl.sample(policy, [[1], [2, 3]], uniforms(2, 4), 0.7, EOS, engine())) == 2, "sampling does not crash"
 
 
 @law(
@@ -4457,6 +4765,40 @@ def test_hostile_model_folders_run_nothing():
             message = config_error(lambda load=load, folder=folder: load(folder))
             assert str(folder) in message and "\n" not in message
             assert not proof.exists(), f"{spoil.__name__}: its code ran"
+
+
+@law(
+    "--track writes what metrics.jsonl holds as TensorBoard's scalars, and says what to install where that is missing",
+    "README: files of a run", *RUN_NEEDS, "Run",
+)  # fmt: skip
+def test_tracking_writes_the_metrics():
+    written, module = [], type(sys)("torch.utils.tensorboard")
+
+    class SummaryWriter:
+        def __init__(self, folder) -> None:
+            written.append(folder)
+
+        def add_scalar(self, tag: str, value: float, step: int) -> None:
+            written.append((tag, value, step))
+
+        def close(self) -> None:
+            written.append("closed")
+
+    module.SummaryWriter = SummaryWriter
+    config = stage_config("tracked", "sft", "ppo", sft=impl.SFT(epochs=0.2), track=True)
+    config = replace(config, ppo=replace(config.ppo, total_episodes=16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", module)
+        patch.setattr(importlib.util, "find_spec", lambda name: module)
+        folder = impl.start(config)
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        message = config_error(lambda: impl.Run(replace(config, folder=folder.with_name("untracked"))))
+        assert "pip install 'pmo[track]'" in message
+    expected = [
+        (name if stage == "ppo" and "/" in name else f"{stage}/{name}", value, step)
+        for m in metrics_of(folder) for stage, step in [(m.pop("stage"), m.pop("step"))] for name, value in m.items()
+    ]  # fmt: skip
+    assert written == [folder, *expected, "closed"] and ("ppo/loss" in {tag for tag, _, _ in expected})
 
 
 @law(
@@ -4662,6 +5004,12 @@ MUTANTS = [
     Mutant("ROUGE-L is recall", "test_rouge_l_is_the_f1_of_the_longest_common_subsequence", "2 * row[-1] / max(1, len(a) + len(b))", "row[-1] / max(1, len(b))"),
     Mutant("the labeler pays for words that fit every post", "test_the_labeler_judges_the_post_not_the_style", "max(0.0, math.log(0.1", "max(1.0, math.log(0.1"),
     Mutant("near-duplicates stay in the corpus", "test_the_corpus_has_no_near_duplicates", "if not keys & seen:", "if not keys <= seen:"),
+    Mutant("titles are measured in characters", "test_a_title_without_room_gives_no_query", "return len(tokens(text)) <= self.data.query_tokens", "return len(post.title) + len(text) < self.data.query_tokens"),
+    Mutant("the split depends on the seed", "test_the_splits_of_the_corpus_share_no_file", 'rng(0, "split")', 'rng(run.config.seed, "split")'),
+    Mutant("words are not cut to stems", "test_the_labelers_score_is_the_formula_it_says", "[word[:6] for word in", "[word for word in"),
+    Mutant("a library that is missing is read as another", "test_docstrings_become_posts", 'if spec is None and library != "python":  # not installed\n            continue', "if False:\n            continue"),
+    Mutant("equal texts are a pair", "test_what_fits_is_kept_whole", "<= limit and a != b for", "<= limit for"),
+    Mutant("half a sentence is a good summary", "test_the_corpus_has_no_near_duplicates", ' and summary[-1] == "."', ""),
     # models
     Mutant("the score is read before EOS", "test_values_are_read_before_and_scores_at_each_token", "layout.mask.sum(1, keepdim=True)\n        return", "layout.mask.sum(1, keepdim=True) - 1\n        return"),
     Mutant("the score is read in the last column", "test_padding_changes_no_logprob_value_or_score", "last = layout.index[:, :1] + layout.mask.sum(1, keepdim=True)\n", "last = torch.full_like(layout.index[:, :1], layout.tokens.shape[1] - 1)\n"),
@@ -4680,18 +5028,20 @@ MUTANTS = [
     Mutant("the sampler leaves out rare tokens", "test_rollout_distribution_is_the_scored_distribution", ".softmax(-1).cumsum(-1)", ".softmax(-1).pow(1.2).cumsum(-1)"),
     Mutant("noise 0 draws an impossible token", "test_impossible_tokens_are_never_sampled", "right=True)", "right=False)"),
     Mutant("responses go on after EOS", "test_sampled_responses_end_with_eos_or_are_full", "[response[:length] for response, length in zip(responses.tolist(), lengths)]", "responses.tolist()"),
+    Mutant("probabilities are summed with eight bits", "test_bfloat16_loses_no_rare_tokens", "(output.logits[:, -1].float() / temperature)", "(output.logits[:, -1].bfloat16() / temperature)"),
+    Mutant("new weights do not depend on the seed", "test_a_seed_decides_everything", 'rng(seed, "small model", i)', 'rng(0, "small model", i)'),
     # stages
     Mutant("the value loss has full weight", "test_ppo_loss_adds_up", "config.vf_coef * share(value_losses)", "share(value_losses)"),
-    Mutant("approxkl lacks its half", "test_ppo_loss_adds_up", "share(log_ratio.square() / 2)", "share(log_ratio.square())"),
+    Mutant("approxkl lacks its half", "test_ppo_loss_adds_up", "token_mean(log_ratio.square() / 2)", "token_mean(log_ratio.square())"),
     Mutant("clipfrac counts ratios, not clips", "test_ppo_loss_adds_up", "(policy_losses > unclipped)", "(log_ratio.abs() > config.cliprange)"),
-    Mutant("each micro-batch divides by its own tokens", "test_ppo_micro_batches_do_not_change_the_step", "count = rollout.mask[minibatch].sum() if", "count = layout.mask.sum() if"),
-    Mutant("SFT divides by the micro-batch's tokens", "test_sft_micro_batches_do_not_change_the_step", '"token", minibatch.response_tokens)', '"token", part.response_tokens)'),
+    Mutant("each micro-batch divides by its own tokens", "test_ppo_micro_batches_do_not_change_the_step", "tokens = whole.mask.sum()", "tokens = part.mask.sum()"),
+    Mutant("SFT divides by the micro-batch's tokens", "test_sft_micro_batches_do_not_change_the_step", 'of_query, "token", whole.response_tokens)', 'of_query, "token", part.response_tokens)'),
     Mutant("reward losses of micro-batches are not shares", "test_reward_micro_batches_do_not_change_the_step", "preference_loss(better, worse) * share", "preference_loss(better, worse)"),
     Mutant("SFT does not learn EOS", "test_sft_loss_is_over_response_tokens_and_eos", "losses, layout.mask & ~of_query,", "losses, F.pad(layout.mask, (0, 1))[:, 1:] & ~of_query,"),
     Mutant("Adam has its default eps", "test_optimizer_steps_are_adams_with_clipped_gradients", "eps=1e-5", "eps=1e-8"),
     Mutant("weights decay", "test_optimizer_steps_are_adams_with_clipped_gradients", "weight_decay=0.0", "weight_decay=0.01"),
-    Mutant("gradients are not clipped", "test_optimizer_steps_are_adams_with_clipped_gradients", "self.max_grad_norm or math.inf", "math.inf"),
-    Mutant("non-finite losses are stepped on", "test_non_finite_losses_stop_before_the_step", "if not math.isfinite(value):\n                raise Diverged(f\"{name} is {value}, so", "if False:\n                raise Diverged(f\"{name} is {value}, so"),
+    Mutant("gradients are not clipped", "test_optimizer_steps_are_adams_with_clipped_gradients", 'optimizer.param_groups[0]["max_grad_norm"] or math.inf', "math.inf"),
+    Mutant("non-finite losses are stepped on", "test_non_finite_losses_stop_before_the_step", "if not math.isfinite(statistics[name]):", "if False:"),
     Mutant("warm-up starts at 0", "test_schedules_rise_and_fall", "min(1.0, (step + 1) / max", "min(1.0, step / max"),
     Mutant("a missing EOS costs nothing", "test_rewards_follow_the_flags", "scores = penalize_missing_eos(rollout.scores, rollout.has_eos, config.missing_eos_score)\n    kl =", "scores = rollout.scores\n    kl ="),
     Mutant("KL is charged twice", "test_rewards_follow_the_flags", 'config.kl_coef if config.kl_in == "reward" else 0.0', "config.kl_coef"),
@@ -4701,34 +5051,34 @@ MUTANTS = [
     Mutant("old log-probabilities are at temperature 1", "test_ratio_is_one_before_the_first_step", "return [logprobs_of(logits, layout.responses, temperature), entropy", "return [logprobs_of(logits, layout.responses, 1.0), entropy"),
     Mutant("rollouts keep numbers in padding", "test_rollout_holds_what_each_model_said", "part.masked_fill(~layout.mask, 0)", "part"),
     Mutant("objective/kl is a token mean", "test_rollout_statistics_are_what_their_names_say", "kl = (rollout.logprobs - rollout.ref_logprobs).sum(1).mean()", "kl = (rollout.logprobs - rollout.ref_logprobs).mean()"),
-    Mutant("the verdict forgets its intervals", "test_the_verdict_claims_no_more_than_its_intervals", "up if mean - half > neutral", "up if mean > neutral"),
-    Mutant("standard deviations pass for standard errors", "test_the_verdict_claims_no_more_than_its_intervals", "1.96 * x.std() / math.sqrt(len(x))", "1.96 * x.std()"),
+    Mutant("the verdict forgets its intervals", "test_the_verdict_claims_no_more_than_its_intervals", '"up" if low > neutral', '"up" if mean > neutral'),
+    Mutant("standard deviations pass for standard errors", "test_the_verdict_claims_no_more_than_its_intervals", "float(1.96 * x.std() / math.sqrt(max(1, len(x) - 1)))", "float(1.96 * x.std())"),
     Mutant("ties count nothing", "test_ties_count_half", "(a > b) + (a == b) / 2", "(a > b) + (a == b) * 0.0"),
-    Mutant("settings are not checked against each other", "test_contradictions_are_refused_with_both_numbers", "self.batch_size % self.num_minibatches != 0,\n", "False,\n"),
+    Mutant("settings are not checked against each other", "test_contradictions_are_refused_with_both_numbers", "refuse(a % b != 0, f", "refuse(False, f"),
     Mutant("the judge prefers the worse text", "test_comparisons_are_the_labelers", "int(scores[1] > scores[0])", "int(scores[1] < scores[0])"),
     Mutant("all samples of a post share their noise", "test_samples_of_a_post_are_independent", 'noise(seed, f"compare {split} {k}",', 'noise(seed, f"compare {split}",'),
-    Mutant("the value model's bias does not train", "test_the_four_models_start_where_they_should", "ScalarModel.load(run.reward_model, train_bias=True)", "ScalarModel.load(run.reward_model)"),
-    Mutant("KL is marked upside down", "test_exam_marks_are_what_they_are_called", "return [one - two]", "return [two - one]"),
-    Mutant("KL is marked at temperature 1", "test_exam_marks_are_what_they_are_called", "(response_logprobs(p, layout, self.temperature) for p in", "(response_logprobs(p, layout, 1.0) for p in"),
-    Mutant("another post is the same post", "test_exam_marks_are_what_they_are_called", "others = far_away(self.posts)", "others = self.posts"),
-    Mutant("SFT and PPO change columns", "test_evaluation_columns_belong_to_their_models", '(("SFT", sft_policy), ("PPO", ppo_policy))', '(("SFT", ppo_policy), ("PPO", sft_policy))'),
+    Mutant("the value model's bias does not train", "test_the_four_models_start_where_they_should", 'ScalarModel.load(run.path("reward"), train_bias=True)', 'ScalarModel.load(run.path("reward"))'),
+    Mutant("KL is marked upside down", "test_marks_are_what_they_are_called", "return [one - two]", "return [two - one]"),
+    Mutant("KL is marked at temperature 1", "test_marks_are_what_they_are_called", "(response_logprobs(model, layout, temperature) for model in (policy, other))", "(response_logprobs(model, layout, 1.0) for model in (policy, other))"),
+    Mutant("another post is the same post", "test_marks_are_what_they_are_called", "for response in batch.responses], far_away(posts)", "for response in batch.responses], posts"),
+    Mutant("SFT and PPO change columns", "test_evaluation_columns_belong_to_their_models", 'load_policy(run.path(name.lower()))) for name in ("SFT", "PPO")}', 'load_policy(run.path(name.lower()))) for name in ("SFT", "PPO")}\n    policies = dict(zip(policies, reversed(policies.values())))'),
     Mutant("the validation posts are the test", "test_evaluation_columns_belong_to_their_models", '"test": data.test or data.valid', '"test": data.valid'),
-    Mutant("an earlier run comes before this one", "test_a_runs_own_folder_comes_first", "(self.folder, self.config.from_run)", "(self.config.from_run, self.folder)"),
-    Mutant("BOS is forgotten", "test_bos_where_the_tokenizer_has_one", "return [self.start + query for query in self.encode", "return [query for query in self.encode"),
-    Mutant("accuracy is inverted", "test_reward_accuracies_are_shares_of_pairs", "(win_rate(better[rows], worse[rows])", "(win_rate(worse[rows], better[rows])"),
-    Mutant("every shown text has the author's score", "test_shown_samples_belong_to_their_models", "run.engine, Batch(queries, responses)).item()", 'run.engine, Batch(queries, written["author"])).item()'),
+    Mutant("an earlier run comes before this one", "test_a_runs_own_folder_comes_first", "(self.folder, *self.config.from_run)\n        for", "(*self.config.from_run, self.folder)\n        for"),
+    Mutant("BOS is forgotten", "test_bos_where_the_tokenizer_has_one", "return [self.start + q for q in self.encode", "return [q for q in self.encode"),
+    Mutant("accuracy is inverted", "test_reward_accuracies_are_shares_of_pairs", "wins_of(scores_of(model, pairs.chosen, engine), scores_of(model, pairs.rejected, engine))", "wins_of(scores_of(model, pairs.rejected, engine), scores_of(model, pairs.chosen, engine))"),
+    Mutant("every shown text has the author's score", "test_shown_samples_belong_to_their_models", "[post], codec, engine, Batch(queries, responses))", '[post], codec, engine, Batch(queries, written["author"]))'),
     Mutant("shown texts change names", "test_shown_samples_belong_to_their_models", '(("sft", models.ref_policy), ("ppo", models.policy))', '(("sft", models.policy), ("ppo", models.ref_policy))'),
     Mutant("val/clipfrac compares a half with a whole", "test_ppo_loss_adds_up", "(2 * value_losses > (values", "(value_losses > (values"),
-    Mutant("every update has the same noise", "test_every_update_sees_its_own_episodes", 'noise(seed, "episodes", episodes, T)', 'noise(seed, "episodes", range(config.batch_size), T)'),
+    Mutant("every update has the same noise", "test_every_update_sees_its_own_episodes", 'noise(seed, "episodes", episodes, run', 'noise(seed, "episodes", range(config.batch_size), run'),
     Mutant("every update has the same posts", "test_every_update_sees_its_own_episodes", "len(posts), episodes.start, episodes.stop)", "len(posts), 0, config.batch_size)"),
-    Mutant("value targets come from whitened advantages", "test_every_update_sees_its_own_episodes", "            advantages = whiten(advantages, rollout.mask)\n", "            advantages = whiten(advantages, rollout.mask)\n            returns = advantages + rollout.values\n"),
-    Mutant("own and exchanged summaries are swapped", "test_the_reward_model_sees_each_pair_once_the_right_way_round", "own + chosen, own.exchanged() + rejected", "own.exchanged() + chosen, own + rejected"),
-    Mutant("comparisons are never trained on", "test_the_reward_model_sees_each_pair_once_the_right_way_round", "*(len(own) + i for i in order)", "*order"),
+    Mutant("value targets come from whitened advantages", "test_every_update_sees_its_own_episodes", "        advantages = whiten(advantages, rollout.mask)\n", "        advantages = whiten(advantages, rollout.mask)\n        returns = advantages + rollout.values\n"),
+    Mutant("own and exchanged summaries are swapped", "test_the_reward_model_sees_each_pair_once_the_right_way_round", "Pairs(own, own.exchanged())", "Pairs(own.exchanged(), own)"),
+    Mutant("comparisons are never trained on", "test_the_reward_model_sees_each_pair_once_the_right_way_round", "pairs = own + pairs[order]", "pairs = own"),
     Mutant("SFT ends at half its learning rate", "test_logged_learning_rates_follow_their_schedules", "schedule(step / len(steps))", "schedule(step / (2 * len(steps)))"),
     Mutant("the reward model's rate does not fall", "test_logged_learning_rates_follow_their_schedules", "warmup(step, len(steps)) * cosine(step / len(steps))", "warmup(step, len(steps))"),
     Mutant("test posts are trained on", "test_the_splits_of_the_corpus_share_no_file", "posts += unused.pop()", "posts += unused.pop() if len(posts) + 10 < (size or 10**9) else unused[-1]"),
     Mutant("win rates are the loser's", "test_the_report_names_the_winner_at_each_temperature", "compare_marks(marks[a], marks[b], prefer(a, b))", "compare_marks(marks[a], marks[b], prefer(b, a))"),
-    Mutant("the verdict exchanges the temperatures", "test_the_report_names_the_winner_at_each_temperature", "for t in (cold, warm)), cold, warm", "for t in (warm, cold)), cold, warm"),
+    Mutant("the verdict exchanges the temperatures", "test_the_report_names_the_winner_at_each_temperature", "lines.append(f\"    {pair}: {', '", "lines.append(f\"    {next(reversed(versus))}: {', '"),
     Mutant("repeating a word costs nothing", "test_the_labelers_score_is_the_formula_it_says", "if word not in about or word in words[:i]", "if word not in about"),
     Mutant("unsupported words cost nothing", "test_the_labelers_score_is_the_formula_it_says", "if word not in about or word in words[:i]", "if word in words[:i]"),
     Mutant("the penalty has no bound", "test_the_labelers_score_is_the_formula_it_says", "- 0.2 * u / (1 + u)", "- 0.2 * u"),
@@ -4740,79 +5090,257 @@ MUTANTS = [
     Mutant("the warm-up asks for summaries", "test_what_is_asked_for_in_pretraining_and_sft", "codec.responses([post.title for post in posts])", "codec.responses([post.summary for post in posts])"),
     Mutant("the warm-up ignores the prompt", "test_what_is_asked_for_in_pretraining_and_sft", "titles, config.pretrain, 1.0,", "titles, config.pretrain, 0.0,"),
     Mutant("the control exchanges nothing", "test_held_out_figures_are_the_saved_models", "held_out_loss(model, valid.exchanged(), run.engine)", "held_out_loss(model, valid, run.engine)"),
-    Mutant("accuracy is measured on training pairs", "test_held_out_figures_are_the_saved_models", 'run.pairs("valid", codec)', 'run.pairs("train", codec)'),
-    Mutant("a pair fits when one text does", "test_what_fits_is_kept_whole", "longest = map(max,", "longest = map(min,"),
-    Mutant("kinds belong to other pairs", "test_what_fits_is_kept_whole", "[comparisons[i].kinds for i in rows]", "[comparison.kinds for comparison in comparisons]"),
-    Mutant("the longest summary is left out", "test_what_fits_is_kept_whole", "if len(response) <= limit]", "if len(response) < limit]"),
-    Mutant("the judge reads the test posts", "test_the_labeler_reads_training_posts_only", 'codec, Labeler(run.posts("train")), scorers', 'codec, Labeler(posts), scorers'),
+    Mutant("accuracy is measured on training pairs", "test_held_out_figures_are_the_saved_models", 'read_pairs(run, "valid", codec)', 'read_pairs(run, "train", codec)'),
+    Mutant("a pair fits when one text does", "test_what_fits_is_kept_whole", "max(len(a), len(b)) <= limit and", "min(len(a), len(b)) <= limit and"),
+    Mutant("kinds belong to other pairs", "test_what_fits_is_kept_whole", "return Pairs(chosen, rejected)[rows], [kinds[i] for i in rows]", "return Pairs(chosen, rejected)[rows], kinds"),
+    Mutant("the longest summary is left out", "test_what_fits_is_kept_whole", "fits = [len(response) <= limit for", "fits = [len(response) < limit for"),
+    Mutant("the judge reads the test posts", "test_the_labeler_reads_training_posts_only", 'labeler, warm = Labeler(read_posts(run, "train")),', "labeler, warm = Labeler(posts),"),
     Mutant("the shared head does not train the trunk", "test_only_a_shared_value_head_trains_the_policy", "value_model(hidden) if", "value_model(hidden.detach()) if"),
     Mutant("the margin is rejected minus chosen", "test_the_reward_models_margin_is_chosen_minus_rejected", '"margin": (better - worse)', '"margin": (worse - better)'),
     Mutant("comparisons need no room", "test_room_is_needed_for_responses_and_comparisons", "max(data.response_tokens, data.comparison_tokens)", "data.response_tokens"),
     Mutant("a rule sees the post's fields only", "test_a_rule_replaces_the_reward_model", "scorer(post.post, text, post.record)", "scorer(post.post, text, post.fields())"),
-    Mutant("a rule judges another post's response", "test_a_rule_replaces_the_reward_model", "[posts[i] for i in picked], codec, engine)", "posts, codec, engine)"),
+    Mutant("a rule judges another post's response", "test_a_rule_replaces_the_reward_model", "asked, prompts = [posts[i] for i in picked],", "asked, prompts = posts,"),
     Mutant("the values of a rule start anywhere", "test_a_rule_replaces_the_reward_model", "        nn.init.zeros_(value_model.classifier.score.weight)\n", ""),
     Mutant("a judge is asked once", "test_judges_are_asked_in_both_orders", "judge(post.post, two, one)", "1 - judge(post.post, one, two)"),
-    Mutant("any policy may be evaluated", "test_all_models_of_a_run_need_one_tokenizer", "check_tokenizer(run, run.ppo_model)", "pass"),
+    Mutant("any policy may be evaluated", "test_all_models_of_a_run_need_one_tokenizer", 'check_tokenizer(run, run.path("ppo"))', "pass"),
     Mutant("any reward model will do", "test_all_models_of_a_run_need_one_tokenizer", "check_tokenizer(run, folder)\n", "pass\n"),
     Mutant("the judge is always the labeler", "test_judges_are_asked_in_both_orders", '{"labeler": "labeler", "reward": "score"}.get(judge, "judge")', '"labeler"'),
-    Mutant("a long title is an error", "test_titles_too_long_are_counted_with_file_and_line", "                codec.check_title(post)\n            return post", "                pass\n            return post"),
+    Mutant("a long title is an error", "test_titles_too_long_are_counted", 'return tokens(truncate_post(post.post, fits)) if fits("") else []', "return tokens(truncate_post(post.post, fits))"),
     Mutant("the head is called without its scaling", "test_any_decoder_will_do", "logits = policy(input_ids=layout.tokens, use_cache=False).logits\n    return logits, entered[0]", "policy(input_ids=layout.tokens, use_cache=False)\n    return policy.get_output_embeddings()(entered[0]), entered[0]"),
     Mutant("the rollout's mask forgets EOS", "test_rollout_holds_what_each_model_said", "[len(response) for response in batch.responses], device=engine.device)", "[max(1, len(response) - 1) for response in batch.responses], device=engine.device)"),
-    Mutant("hacking is seen where the labeler rises", "test_bad_signs_are_said_once", 'means[1]["labeler"] < means[0]["labeler"] - 0.02', 'means[1]["labeler"] > means[0]["labeler"] + 0.02'),
-    Mutant("the second moment is the default's", "test_every_stage_has_the_second_moment_asked_for", "betas=(0.9, beta2)", "betas=(0.9, 0.999)"),
-    Mutant("PPO forgets the second moment", "test_every_stage_has_the_second_moment_asked_for", "        beta2=engine.adam_beta2,\n    )", "    )"),
-    Mutant("padding is a share of tokens", "test_costs_are_counted_once", '1 - costs[f"tokens/{name[6:]}"] / n', 'n / costs[f"tokens/{name[6:]}"] - 1'),
-    Mutant("scoring is not counted", "test_costs_are_counted_once", "layout = engine.lay_out(batch[rows])\n            with", "layout = lay_out(batch[rows], engine.device)\n            with"),
-    Mutant("training counts two passes per operation", "test_a_benchmark_says_where_the_time_goes", '"training": 6 * (', '"training": 4 * ('),
-    Mutant("the cache is read once per row", "test_a_benchmark_says_where_the_time_goes", "width * context * written\n", "width * context * rows\n"),
-    Mutant("a resumed run starts its stage anew", "test_a_checkpoint_restores_what_steps_change", "            self.restore(self.checkpoint)\n", ""),
+    Mutant("hacking is seen where the labeler rises", "test_bad_signs_are_said_once", 'rise("labeler") < -0.02', 'rise("labeler") > 0.02'),
+    Mutant("the second moment is the default's", "test_every_stage_has_the_optimizer_asked_for", "betas=(0.9, config.beta2)", "betas=(0.9, 0.999)"),
+    Mutant("PPO forgets the second moment", "test_every_stage_has_the_optimizer_asked_for", "adamw(run.config.optimizer, (models.policy", "adamw(Optimizer(), (models.policy"),
+    Mutant("a resumed run starts its stage anew", "test_a_checkpoint_restores_what_steps_change", 'if self.progress["stage"] == stage:', "if False:"),
     Mutant("work is dealt twice", "test_work_is_dealt_once", "groups[self.rank :: self.world]]", "groups[self.rank :]]"),
     Mutant("a process without work counts the first group", "test_work_is_dealt_once", "[(groups[0], False)]", "[(groups[0], True)]"),
-    Mutant("other flags may resume", "test_resuming_something_else_is_refused", "refuse(bool(changes), f", "refuse(False, f"),
-    Mutant("a checkpoint of another stage is used", "test_resuming_something_else_is_refused", '.glob(f"{self.stage}-*.pt")', '.glob("*.pt")'),
-    Mutant("a resumed run repeats a step", "test_a_checkpoint_restores_what_steps_change", "self.save_checkpoint(self.step + 1)", "self.save_checkpoint(self.step)"),
-    Mutant("no other learning rate may resume", "test_divergence_names_stage_and_step", 'computing or flag.endswith("lr")', "computing"),
+    Mutant("other flags may resume", "test_resuming_something_else_is_refused", "refuse(bool(refused), f", "refuse(False, f"),
+    Mutant("a checkpoint of another stage is used", "test_a_checkpoint_restores_what_steps_change", 'if self.progress["stage"] == stage:', 'if self.progress["stage"]:'),
+    Mutant("a resumed run repeats a step", "test_a_checkpoint_restores_what_steps_change", '"step": self.step + 1, "model"', '"step": self.step, "model"'),
+    Mutant("no other learning rate may resume", "test_divergence_names_stage_and_step", ' and not flag.endswith("lr")]', "]"),
     Mutant("the old learning rate goes on", "test_divergence_names_stage_and_step", 'group["initial_lr"] = rate', "pass"),
-    Mutant("a refused step is counted as taken", "test_divergence_names_stage_and_step", "self.save_checkpoint(self.step)\n", "self.save_checkpoint(self.step + 1)\n"),
-    Mutant("a bad checkpoint replaces a good one", "test_divergence_within_an_update_spares_clean_checkpoints", "if not self.engine.agree(path.exists()):", "if True:"),
+    Mutant("a bad checkpoint replaces a good one", "test_divergence_within_an_update_spares_the_checkpoint", 'where, remedy = f"{run.stage}, step', 'run.save_progress(run.progress | {"stage": "ppo", "step": run.step})\n        where, remedy = f"{run.stage}, step'),
     Mutant("a rollout of NaN is trained on", "test_a_rollout_that_is_not_finite_names_the_model", ".isfinite().all()", ".isnan().any().logical_not() | True"),
     Mutant("one process computes a group less", "test_work_is_dealt_once", "math.ceil(len(groups) / self.world) - len(mine)", "0 if mine else 1"),
-    Mutant("logs are not cut", "test_a_checkpoint_restores_what_steps_change", "os.truncate(self.folder / name, size)", "pass"),
-    Mutant("all checkpoints are kept", "test_a_checkpoint_restores_what_steps_change", "self.remove_checkpoints(but=2)", "pass"),
+    Mutant("logs are not cut", "test_a_checkpoint_restores_what_steps_change", 'os.truncate(log, min(log.stat().st_size, self.progress["sizes"].get(log.name, 0)))', "pass"),
+    Mutant("with one-token queries SFT's loss is NaN", "test_sft_loss_is_over_response_tokens_and_eos", "query_tokens = max(1, sum(len(query) - 1 for query in whole.queries))", "query_tokens = sum(len(query) - 1 for query in whole.queries)"),
+    Mutant("statistics follow the loss's average", "test_ppo_loss_adds_up", 'partial(aggregate, mask=part.mask, how="token", normalizer=tokens)', "share"),
+    Mutant("both clip ranges are one", "test_ppo_loss_adds_up", "part.returns, config.cliprange_value)", "part.returns, config.cliprange)"),
+    Mutant("the mean |log ratio| has lost its bars", "test_ppo_loss_adds_up", "token_mean(log_ratio.abs())", "token_mean(log_ratio)"),
+    Mutant("KL in the loss has no gradient", "test_kl_in_the_loss_adds_its_price", "share(kl_estimate(logprobs, part.ref", "share(kl_estimate(logprobs.detach(), part.ref"),
+    Mutant("the KL estimator does nothing in the reward", "test_rewards_follow_the_flags", "rollout.ref_logprobs, config.kl_kind)", 'rollout.ref_logprobs, "k1")'),
+    Mutant("an infinite gradient is stepped on", "test_non_finite_losses_stop_before_the_step", 'for name in ("loss", "grad_norm"):', 'for name in ("loss",):'),
+    Mutant("only the first group's rate falls", "test_schedules_rise_and_fall", 'for group in optimizer.param_groups:\n        group["lr"]', 'for group in optimizer.param_groups[:1]:\n        group["lr"]'),
+    Mutant("an update's statistics are its last step's", "test_an_updates_statistics_are_means_of_its_steps", "sum(step[name] for step in steps) / len(steps)", "steps[-1][name]"),
+    Mutant("rollouts are read in micro-batches of their own", "test_rollouts_are_read_in_the_first_epochs_micro_batches", "engine, policy_and_value, groups)", "engine, policy_and_value)"),
+    Mutant("rollouts are drawn at temperature 1", "test_every_update_sees_its_own_episodes", "sample(models.policy, prompts, uniforms, config.temperature,", "sample(models.policy, prompts, uniforms, 1.0,"),
+    Mutant("γ and λ change places", "test_every_update_sees_its_own_episodes", "rollout.mask, config.gamma, config.lam)", "rollout.mask, config.lam, config.gamma)"),
+    Mutant("advantages are whitened per minibatch", "test_ppo_whitens_advantages_over_the_batch", "optimizer_step(engine, optimizer, rollout[rows], losses)", "optimizer_step(engine, optimizer, replace(rollout[rows], advantages=whiten(rollout[rows].advantages, rollout[rows].mask)), losses)"),
+    Mutant("comparisons are of the base model's samples", "test_comparisons_are_best_against_worst_at_ppos_temperature", 'codec, policy = run.codec("sft"), run.engine.place(load_policy(run.path("sft")))', 'codec, policy = run.codec("sft"), run.engine.place(load_policy(run.path("base")))'),
+    Mutant("the stranger's text is the post's own", "test_comparisons_are_best_against_worst_at_ppos_temperature", "stranger = drafts[0][(i + 1) % len(posts)]", "stranger = drafts[1][i]"),
+    Mutant("the better of two samples stands first", "test_comparisons_are_the_labelers", '("sft", ranked[0]), flip=i % 2 == 1)', '("sft", ranked[0]), flip=False)'),
+    Mutant("one post's summary is exchanged with itself", "test_the_reward_model_sees_each_pair_once_the_right_way_round", "if own.chosen.responses[i] != own.rejected.responses[i]]]", "]]"),
+    Mutant("chance is judged by the easy pairs", "test_a_reward_model_near_chance_is_warned_of", 'accuracies[SAME_POST if SAME_POST in accuracies else "all"]', 'accuracies["all"]'),
+    Mutant("pairs of another post count as the same post's", "test_reward_accuracies_are_shares_of_pairs", "if not any(OTHER_POST in kind for kind in of)]", "if OTHER_POST not in of]"),
+    Mutant("the labeler prefers the worse writer", "test_evaluation_columns_belong_to_their_models", "return wins_of(marks[a][row], marks[b][row])", "return wins_of(marks[b][row], marks[a][row])"),
+    Mutant("humans' comparisons are called the labeler's", "test_the_report_names_the_winner_at_each_temperature", "given = config.data.comparisons_train or config.reward_model", "given = config.reward_model"),
+    Mutant("a verdict is made of one post", "test_the_verdict_claims_no_more_than_its_intervals", "if posts < 30:", "if posts < 1:"),
+    Mutant("a share's interval is the normal one", "test_shares_have_wilsons_interval", "p * (1 - p) / n + z * z / (4 * n * n))", "p * (1 - p) / n)"),
+    Mutant("scores without EOS count as hacking", "test_bad_signs_are_said_once", 'if rise("raw_scores") > 0', 'if rise("scores") > 0'),
+    Mutant("the labeler watches a rule", "test_a_rule_replaces_the_reward_model", "labeler = Labeler(posts) if run.labeler_chose else None", "labeler = Labeler(posts)"),
+    Mutant("the KL that stops is the step's", "test_bad_signs_are_said_once", 'if history[-1]["objective/kl"] > (', 'if history[-1]["policy/approxkl"] > ('),
+    Mutant("a shown sample without EOS has the reward model's score", "test_shown_samples_belong_to_their_models", "score = penalize_missing_eos(score, has_eos, config.ppo.missing_eos_score).item()", "score = score.item()"),
+    Mutant("SFT's epochs are whole ones", "test_what_is_asked_for_in_pretraining_and_sft", "max(1, round(config.epochs * len(batch))))\n    steps", "round(config.epochs) * len(batch))\n    steps"),
+    Mutant("the held-out loss is a mean over padding", "test_held_out_figures_are_the_saved_models", "return -logprobs.sum().item() / batch.response_tokens", "return -logprobs.mean().item()"),
+    Mutant("a part of a batch is an update", "test_contradictions_are_refused_with_both_numbers", "return self.total_episodes // self.batch_size", "return -(-self.total_episodes // self.batch_size)"),
+    Mutant("stages may have nothing to do", "test_contradictions_are_refused_with_both_numbers", "refuse(not to_do, f", "refuse(False, f"),
+    Mutant("infinite numbers are flags, too", "test_every_number_is_checked", "low <= value <= high and", "low <= value and"),
+    Mutant("γ = 0 is refused", "test_every_number_is_checked", 'MAY_BE_0 |= {"kl-coef", "vf-coef", "gamma", "lam"}', 'MAY_BE_0 |= {"kl-coef", "vf-coef", "lam"}'),
+    Mutant("micro-batches and sample batches change sizes", "test_the_engine_is_the_one_asked_for", "compute.micro_batch_size, compute.sample_batch_size, compute.shard", "compute.sample_batch_size, compute.micro_batch_size, compute.shard"),
+    Mutant("the commit hides edits", "test_the_commit_says_when_it_is_not_what_ran", '"--always", "--dirty", ', '"--always", '),
+    Mutant("the clip of gradients may change on the way", "test_resuming_something_else_is_refused", 'if not flag.startswith("--compute.")', 'if not flag.startswith(("--compute.", "--optimizer.max"))'),
+    Mutant("a checkpoint may hold code", "test_resuming_something_else_is_refused", "weights_only=True, mmap=True)", "weights_only=False)"),
+    Mutant("a resumed run forgets its changed flags", "test_resuming_takes_up_the_runs_flags", 'return record | {"config": now["config"], "resumed"', 'return record | {"resumed"'),
+    Mutant("a flag that was off is on again", "test_resuming_takes_up_the_runs_flags", "arguments.append(flag if value else", "arguments.append(flag if value or True else"),
+    Mutant("minutes between checkpoints are seconds", "test_checkpoints_come_when_they_should", ">= 60 * self.config", ">= self.config"),
+    Mutant("a second Ctrl-C is ignored", "test_checkpoints_come_when_they_should", "if self.interrupted or not self.in_steps:", "if not self.in_steps:"),
+    Mutant("Ctrl-C after the steps waits", "test_checkpoints_come_when_they_should", "            finally:\n                self.in_steps = False", "            finally:\n                pass"),
+    Mutant("files get their names before they are written", "test_files_are_on_the_disk_before_they_get_their_names", '            to_disk(part, *part.rglob("*"))\n', ""),
+    Mutant("names may be lost", "test_files_are_on_the_disk_before_they_get_their_names", "            to_disk(target.parent)\n", ""),
+    Mutant("a resumed run's warnings forget the updates before", "test_divergence_within_an_update_spares_the_checkpoint", 'load_models(run), run.logged("ppo")', "load_models(run), []"),
+    Mutant("TensorBoard counts every update as the first", "test_tracking_writes_the_metrics", "add_scalar(tag, value, self.step)", "add_scalar(tag, value, 0)"),
     # whole runs
+    Mutant("what is measured after the steps stands at the last", "test_a_run_logs_finite_numbers_and_ratio_one", "        self.step = total\n", ""),
     Mutant("the learning rate stays up", "test_a_run_logs_finite_numbers_and_ratio_one", "set_lr(optimizer, 1 - update / config.num_updates)", "set_lr(optimizer, 1.0)"),
-    Mutant("the reference learns with the policy", "test_frozen_models_stay_frozen", "ref_policy = place(load_policy(run.sft_model).requires_grad_(False))", "ref_policy = policy"),
+    Mutant("the reference learns with the policy", "test_frozen_models_stay_frozen", "place(load_policy(sft_folder).requires_grad_(False))", "policy"),
     Mutant("minibatches are the same in every epoch", "test_ppo_uses_every_rollout_once_per_epoch", 'rng(seed, "minibatches", update, epoch)', 'rng(seed, "minibatches", update)'),
-    Mutant("advantages are never whitened", "test_ppo_whitens_advantages_over_the_batch", "        if config.whiten_advantages:\n", "        if False:\n"),
+    Mutant("advantages are never whitened", "test_ppo_whitens_advantages_over_the_batch", "    if config.whiten_advantages:\n", "    if False:\n"),
     Mutant("the reward model is not centred", "test_the_reward_model_of_a_run_is_centred", "    model.center(scores_of(model, summaries, engine).mean().item())\n", ""),
-    Mutant("runs overwrite each other", "test_runs_never_share_a_folder", "(out / name).mkdir()", "(out / name).mkdir(exist_ok=bool(name))"),
+    Mutant("runs overwrite each other", "test_runs_never_share_a_folder", "folder.mkdir(parents=True)\n", "folder.mkdir(parents=True, exist_ok=True)\n"),
 ]  # fmt: skip
 
 
-def planted(mutant: Mutant):
-    """pmo with the bug in it, as a module; the file stays as it is."""
+def planted(mutant: Mutant | None):
+    """pmo with the bug in it, or without any, as a module; the file stays as it is."""
     source = Path(impl.__file__).read_text(encoding="utf-8")
-    assert source.count(mutant.old) == 1, f"the line to break is there {source.count(mutant.old)} times: {mutant.old!r}"
+    if mutant:
+        found = source.count(mutant.old)
+        assert found == 1, f"the line to break is there {found} times: {mutant.old!r}"
+        source = source.replace(mutant.old, mutant.new)
     module = type(sys)("pmo_with_a_bug")
     module.__file__ = impl.__file__
     sys.modules[module.__name__] = module  # dataclasses look their module up
-    exec(compile(source.replace(mutant.old, mutant.new), impl.__file__, "exec"), module.__dict__)
+    exec(compile(source, impl.__file__, "exec"), module.__dict__)
     return module
+
+
+HOLDS_ALONE: set[str] = set()  # laws that were seen to hold for pmo as it is, with nothing made before
 
 
 @pmos_own
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
 def test_some_law_fails_when(mutant, monkeypatch):
-    monkeypatch.setitem(globals(), "impl", planted(mutant))
-    if hasattr(workshop, "folder"):
-        monkeypatch.delattr(workshop, "folder")  # a mutant's runs are its own
-    # A law fails, or the mutant refuses what is right; a crash would prove nothing.
-    with pytest.raises((AssertionError, pytest.fail.Exception, impl.InputError)):
+    def hold(planted_: object) -> None:
+        monkeypatch.setitem(globals(), "impl", planted_)
+        if hasattr(workshop, "folder"):
+            monkeypatch.delattr(workshop, "folder")  # a mutant's runs are its own
         LAWS[mutant.law].hold(examples=300, shrink=False)
+
+    broken = planted(mutant)
+    if mutant.law not in HOLDS_ALONE:  # or its failing would prove nothing
+        hold(planted(None))
+        HOLDS_ALONE.add(mutant.law)
+    # A law fails, or the mutant refuses what is right; a crash would prove nothing.
+    with pytest.raises((AssertionError, pytest.fail.Exception, broken.InputError)):
+        hold(broken)
 
 
 # -----------------------------------------------------------------------------
+# benchmark: where the time of a PPO update goes, and how much of the machine it uses
 # race: one PPO update of pmo's and of TRL's, in turn, on the same model, queries and settings
+
+
+@contextmanager
+def clocks() -> Iterator[Counter]:
+    """Inside, an update's seconds, tokens and computed slots are counted by phase: sampling, forwards, training."""
+    costs, phases = Counter(), [""]
+
+    def timed(phase: str, function: Callable, tokens: Callable[[tuple, object], int]) -> Callable:
+        def call(*args: object, **options: object) -> object:
+            phases.append(phase)
+            start = time.perf_counter()
+            result = function(*args, **options)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # or the next phase would wait for this one's kernels
+            costs[f"seconds/{phase}"] += time.perf_counter() - start
+            costs[f"tokens/{phase}"] += tokens(args, result)
+            phases.pop()
+            return result
+
+        return call
+
+    def counted(function: Callable, slots: Callable[[tuple, object], int]) -> Callable:
+        def call(*args: object, **options: object) -> object:
+            result = function(*args, **options)
+            costs[f"slots/{phases[-1]}"] += slots(args, result)
+            return result
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for phase, name, tokens in (
+            ("sampling", "sample", lambda args, result: sum(map(len, result))),
+            ("forwards", "map_rows", lambda args, result: sum(args[0].lengths)),
+            ("training", "optimizer_step", lambda args, result: sum(args[2].lengths)),
+        ):
+            patch.setattr(impl, name, timed(phase, getattr(impl, name), tokens))
+        patch.setattr(impl, "lay_out", counted(impl.lay_out, lambda args, layout: layout.tokens.numel()))
+        width = lambda args, rows: len(rows) * max(map(len, rows))  # noqa: E731
+        patch.setattr(impl, "sample_block", counted(impl.sample_block, width))
+        yield costs
+
+
+def machine_limits(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Operations and bytes per second of a matrix product and of a copy, the fastest of five."""
+    n, elements = (8192, 2**28) if device.type == "cuda" else (1536, 2**24)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    x, y = (torch.ones(elements, device=device) for _ in range(2))
+    fastest: list[float] = []
+    for work in (lambda: a @ a, lambda: y.copy_(x)):
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        fastest.append(min(seconds))
+    return 2 * n**3 / fastest[0], 8 * elements / fastest[1]
+
+
+def benchmark(*flags: str) -> dict:
+    """`python test_pmo.py benchmark [pmo's flags]`: medians of an update's phases, after the first, which warms up.
+
+    Weights are --model's, or random; posts those of --data.train, or docstrings. Shares are of what a matrix product
+    and a copy reach on this machine; what is counted is the work that the tokens need, padding left out."""
+    import transformers as hf
+
+    hf.utils.logging.set_verbosity_error()
+    config = asked_for(*flags, "--stages", "ppo")
+    run, updates = impl.Run(config), []
+    if config.data.train is None:
+        impl.corpus(run)
+    if config.model is None:
+        tokenizer = impl.train_tokenizer(
+            impl.read_posts(run, "train"), config.data.query_format, config.pretrain.vocab_size
+        )
+        model = impl.small_model(config.pretrain, tokenizer, config.seed)
+    else:
+        tokenizer, model = impl.load_tokenizer(config.model), impl.load_policy(config.model)
+    run.write("sft", partial(impl.save_model, model, model.state_dict(), tokenizer))
+    scalar = impl.ScalarModel.load(run.path("sft"), new_head=impl.rng(config.seed, "reward head"))
+    run.write("reward", partial(scalar.save, scalar.state_dict(), tokenizer))
+    device, half = run.engine.device, run.engine.bfloat16
+    flops, bandwidth = machine_limits(device, torch.bfloat16 if half else torch.float32)
+    run.enter("ppo")
+    with clocks() as costs, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "show_sample", lambda *args: None)
+        log = run.log
+        run.log = lambda statistics: (updates.append(Counter(costs)), costs.clear(), log(statistics))
+        impl.ppo(run)
+    updates = updates[1:] or updates
+    cost = {name: statistics.median(update[name] for update in updates) for name in updates[0]}
+    # Two operations per weight and token forward, four more backward; attention's own are left out.
+    head, ppo, shape = model.get_output_embeddings().weight.numel(), config.ppo, model.config
+    body = model.num_parameters() - head * (1 if shape.tie_word_embeddings else 2)
+    written, epochs, value = cost["tokens/sampling"], ppo.num_ppo_epochs, ppo.value_model == "separate"
+    read = cost["tokens/training"] / epochs  # queries and responses, once
+    operations = {
+        "sampling": 2 * body * read + 2 * head * written,
+        "forwards": 2 * body * read * (2 + value + (ppo.reward_function is None)) + 2 * 2 * head * written,
+        "training": 6 * (body * read * (1 + value) + head * written) * epochs,
+    }
+    # A step of sampling reads the weights once, and for each row the keys and values of all that came before.
+    steps = cost["slots/sampling"] / min(ppo.batch_size, run.engine.sample_batch_size)
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
+    cache = 2 * shape.num_hidden_layers * heads * (shape.hidden_size // shape.num_attention_heads)
+    moved = ((body + head) * steps + cache * (read - written / 2) / ppo.batch_size * written) * (2 if half else 4)
+    phases = {
+        phase: {
+            "seconds": (seconds := cost[f"seconds/{phase}"]), "tokens/s": cost[f"tokens/{phase}"] / seconds,
+            "padding": 1 - cost[f"tokens/{phase}"] / cost[f"slots/{phase}"], "share of peak": work / seconds / flops,
+        }
+        for phase, work in operations.items()
+    }  # fmt: skip
+    phases["sampling"]["share of bandwidth"] = moved / cost["seconds/sampling"] / bandwidth
+    print(impl.table([[f"{len(updates)} updates", *phases["sampling"]], *(
+        [phase, *(f"{row[name]:.3g}" if name in row else "" for name in phases["sampling"])] for phase, row in phases.items()
+    )]))  # fmt: skip
+    total = sum(row["seconds"] for row in phases.values())
+    print(f"{total:.2f} s per update, {model.num_parameters():,} parameters, {impl.peak_memory(device)}")
+    print(f"a matrix product reaches {flops / 1e12:.3g} TFLOP/s here, a copy {bandwidth / 1e9:.3g} GB/s")
+    return {"phases": phases, "seconds": total, "updates": len(updates), "flops": flops, "bandwidth": bandwidth}
+
 
 RACES = {  # layers, width, heads, vocabulary; rows, shortest and longest query, response tokens, mean response
     "short": (6, 256, 8, 4096, 64, 58, 128, 48, None),
@@ -4828,9 +5356,7 @@ def race(name: str, rounds: int = 3) -> None:  # noqa: PLR0915
     raised so that responses end after about that many tokens, else none ends."""
     import copy
     import random
-    import statistics
     import tempfile
-    import time
 
     import transformers as hf
 
@@ -4869,21 +5395,16 @@ def race(name: str, rounds: int = 3) -> None:  # noqa: PLR0915
         models = [copy.deepcopy(model).to(device).eval() for model in (policy, scalar, policy, scalar)]
         models = impl.Models(models[0], impl.ScalarModel(models[1], True).to(device), models[2].requires_grad_(False),
                              impl.ScalarModel(models[3]).to(device).requires_grad_(False))  # fmt: skip
-        optimizer = impl.adamw(
-            {"params": [*models.policy.parameters(), *models.value_model.parameters()], "lr": ppo.lr}
-        )
+        optimizer = impl.adamw(impl.Optimizer(), (models.policy, ppo.lr), (models.value_model, ppo.lr))
         start = time.perf_counter()
-        score = partial(impl.scores_of, models.reward_model, engine=machine)
-        end_of_text = eos if mean_response else -1
-        rollout = impl.roll_out(models, queries, uniforms(rows, T), score, end_of_text, ppo, machine)
-        advantages, returns = impl.gae(
-            impl.shape_rewards(rollout, ppo), rollout.values, rollout.mask, ppo.gamma, ppo.lam
-        )
-        advantages = impl.whiten(advantages, rollout.mask)
+        end_of_text, everything = eos if mean_response else -1, list(range(rows))
+        responses = impl.sample(models.policy, queries, uniforms(rows, T), ppo.temperature, end_of_text, machine)
+        batch = impl.Batch(queries, responses)
+        scores = impl.scores_of(models.reward_model, batch, machine)
+        rollout = impl.read_tokens(models, batch, scores, end_of_text, ppo.temperature, [everything], machine)
+        rollout = impl.credit(rollout, impl.shape_rewards(rollout, ppo), ppo)
         for _ in range(ppo.num_ppo_epochs):
-            groups = impl.micro_batches(rollout.batch.lengths, range(rows), micro)
-            losses = partial(impl.ppo_losses, models, rollout, advantages, returns, list(range(rows)), ppo, machine)
-            impl.optimizer_step(machine, optimizer, groups, losses)
+            impl.optimizer_step(machine, optimizer, rollout, partial(impl.ppo_losses, models, ppo))
         written.append(rollout.mask.sum().item() / rows)
         return time.perf_counter() - start
 
@@ -4915,10 +5436,9 @@ def race(name: str, rounds: int = 3) -> None:  # noqa: PLR0915
 
     written: list[float] = []
     seconds: dict[str, list[float]] = {"pmo": [], "TRL": []}
-    for _ in range(rounds):
-        for side, update in (("pmo", ours), ("TRL", theirs)):
-            with open(os.devnull, "w") as nowhere, pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sys, "stdout", nowhere)
+    with clocks() as costs:
+        for side, update in [("pmo", ours), ("TRL", theirs)] * rounds:
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
                 seconds[side].append(update())
             print(f"{side} {seconds[side][-1]:.1f} s", flush=True)
     place = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
@@ -4929,10 +5449,8 @@ def race(name: str, rounds: int = 3) -> None:  # noqa: PLR0915
         f"responses of {statistics.mean(written):.0f}; {place}"
     )
     print(f"medians {medians['pmo']:.1f} s and {medians['TRL']:.1f} s; TRL / pmo {statistics.median(ratios):.2f}")
-    costs = machine.statement()
-    print(
-        ", ".join(f"{phase} {costs[f'time/{phase}'] / rounds:.1f} s" for phase in ("sampling", "forwards", "training"))
-    )
+    phases = ("sampling", "forwards", "training")
+    print(", ".join(f"{phase} {costs[f'seconds/{phase}'] / rounds:.1f} s" for phase in phases))
 
 
 # -----------------------------------------------------------------------------
@@ -5171,5 +5689,5 @@ def test_what_the_suite_finds_in_a_peer(peer, tmp_path):
     assert {name for name, told in laws.items() if told["outcome"] == "fails"} == set(expected.split())
 
 
-if __name__ == "__main__":  # python test_pmo.py race ...: the rest of the command line ended further up
-    sys.exit(race(*sys.argv[2:3] or ["short"]))
+if __name__ == "__main__":  # the rest of the command lines ended further up
+    sys.exit(race(*sys.argv[2:3] or ["short"]) if sys.argv[1] == "race" else benchmark(*sys.argv[2:]))
