@@ -2303,8 +2303,8 @@ class Config:
     # Reward model (AutoModelForSequenceClassification, one label), instead of this run's or --from-run's.
     reward_model: str | None = None
     ppo_model: str | None = None  # Policy to evaluate, instead of this run's or --from-run's.
-    # A flag without its dashes, and values: the run is repeated with each, in folders FOLDER-VALUE, and a table
-    # compares what came of it. For instance: --sweep ppo.objective clip unclipped penalty adaptive constraint.
+    # A flag without its dashes, and values, for instance ppo.objective clip unclipped penalty adaptive constraint: the
+    # run is repeated with each, in folders FOLDER-VALUE, and a table compares what came of it.
     sweep: tuple[str, ...] = ()
     seed: int = 1  # Seed of everything random but the corpus's split: shuffles, samples, new weights [D25].
     track: bool = False  # Write TensorBoard curves too (needs pip install pmo[track]).
