@@ -2168,7 +2168,7 @@ class PPO:
 
     total_episodes: int = 6144  # Responses sampled in all. Paper: 1,000,000.
     batch_size: int = 256  # Responses sampled per update. Paper: 512.
-    responses_per_query: int = 1  # G, responses to each query of a batch; they share it. Paper: 1.
+    responses_per_query: int = 4  # G, responses to each query of a batch; they share it. Paper: 1.
     num_minibatches: int = 4  # Optimizer steps per epoch over a batch. Paper: 1.
     num_ppo_epochs: int = 2  # Epochs over each batch, K in [1], a fresh permutation each [D19]. Paper: 4.
     lr: float = 4e-4  # Learning rate of the policy, linear to 0. Paper: 3e-6.
