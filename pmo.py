@@ -346,11 +346,11 @@ def ppo(run: Run) -> None:
     optimizer = adamw(run.config.optimizer, *((module, rates[name]) for name, module in trained.items()))
     for update in run.steps("ppo", config.num_updates, optimizer, **trained):
         set_lr(optimizer, 1 - update / config.num_updates)  # linear to 0 [D21]
+        config = config.after(history[-1:])
         episodes = range(update * config.batch_size, (update + 1) * config.batch_size)
         picked = pick(seed, "episodes", len(posts), episodes, config.responses_per_query)
         asked, prompts = [posts[i] for i in picked], [queries[i] for i in picked]
         epochs = [minibatches(seed, update, epoch, config) for epoch in range(config.num_ppo_epochs)]
-
         # 1. Sample responses to each query, up to and including EOS, or as long as there is room.
         uniforms = noise(seed, "episodes", episodes, T)
         responses = sample(models.policy, prompts, uniforms, config.temperature, codec.eos_id, engine, share)
@@ -362,27 +362,21 @@ def ppo(run: Run) -> None:
         # 4. A reward for every token: the price of KL, and at the last token the score.
         rewards = shape_rewards(rollout, config)
         # 5. What each token did better or worse than was expected.
-        rollout = replace(credit(rollout, rewards, config), room=T)
-        if demonstrations is not None:
-            rollout = replace(rollout, shown=demonstrations[pick(seed, "shown", len(demonstrations), episodes)])
+        shown = demonstrations and demonstrations[pick(seed, "shown", len(demonstrations), episodes)]
+        rollout = replace(credit(rollout, rewards, config), room=T, shown=shown)
         # 6. K epochs of minibatches, each in a new order, and 7. an optimizer step for each minibatch.
-        config = config.after(history[-1:])
         natural = natural_step(models.policy, rollout, config, engine)
         losses = partial(ppo_losses, models, config)
         steps = [optimizer_step(engine, optimizer, rollout[rows], losses) for rows in chain(*epochs)]
         optimizer.zero_grad()  # the gradients' memory is for what the next update samples
-
-        statistics = natural | step_statistics(steps) | rollout_statistics(rollout, config)
-        statistics |= update_statistics(models.policy, rollout, config, engine)
-        if labeler is not None:  # a look at what the reward model stands for; nothing is trained on it
-            statistics["objective/labeler"] = mean_label(labeler, asked, batch, codec)
-        history.append(statistics)
-        run.log(statistics)
+        statistics = natural | update_statistics(models.policy, rollout, steps, config, engine)
+        history.append(statistics | label_statistics(labeler, asked, batch, codec))
+        run.log(history[-1])
         run.warn(bad_signs(history))
         if update % config.sample_every == 0:
             show_sample(run, update, valid, codec, models)
-        if statistics["objective/kl"] > (config.max_kl or math.inf):
-            run.say(f"stopped: KL {statistics['objective/kl']:.2f} exceeds --ppo.max-kl {config.max_kl}")
+        if (kl := statistics["objective/kl"]) > (config.max_kl or math.inf):
+            run.say(f"stopped: KL {kl:.2f} exceeds --ppo.max-kl {config.max_kl}")
             break
     run.write("ppo", partial(save_model, models.policy, engine.weights(models.policy), codec.tokenizer))
 
@@ -657,10 +651,12 @@ def rollout_statistics(rollout: Rollout, config: PPO) -> dict[str, float]:
     }
 
 
-def update_statistics(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine: Engine) -> dict[str, float]:
-    """How far an update went in the end, what it will cost the next one to go there, and how good the values were."""
+def update_statistics(
+    policy: PreTrainedModel, rollout: Rollout, steps: list[dict[str, float]], config: PPO, engine: Engine
+) -> dict[str, float]:
+    """Those of rollout and steps; how far the update went in the end, and how good the values were."""
     kl = update_kl(policy, rollout, config.temperature, engine)
-    statistics = {"policy/update_kl": kl}
+    statistics = step_statistics(steps) | rollout_statistics(rollout, config) | {"policy/update_kl": kl}
     if config.objective == "adaptive":
         statistics["policy/next_penalty_coef"] = adapted(config.penalty_coef, kl, config.target_kl)
     if config.learns_values:  # 1 where V is right, 0 where it is no better than a constant
@@ -668,6 +664,14 @@ def update_statistics(policy: PreTrainedModel, rollout: Rollout, config: PPO, en
         error = (returns - values).square().mean() / returns.var(correction=0).clamp(min=1e-8)
         statistics["val/explained_variance"] = 1 - error.item()
     return statistics
+
+
+def label_statistics(labeler: Labeler | None, posts: Sequence[Post], batch: Batch, codec: Codec) -> dict[str, float]:
+    """A look at what the reward model stands for, where it is known. Nothing is trained on it."""
+    if labeler is None:
+        return {}
+    labels = [labeler.score(post, codec.text(response)) for post, response in zip(posts, batch.responses)]
+    return {"objective/labeler": sum(labels) / len(labels)}
 
 
 def step_statistics(steps: list[dict[str, float]]) -> dict[str, float]:
@@ -787,10 +791,6 @@ def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: 
         record |= {name: codec.text(responses[0]), f"{name}_score": score}
         run.say(f"    {name:7} {score:6.2f}  {record[name]}")
     run.append("samples.jsonl", record)
-
-
-def mean_label(labeler: Labeler, posts: Sequence[Post], batch: Batch, codec: Codec) -> float:
-    return sum(labeler.score(post, codec.text(r)) for post, r in zip(posts, batch.responses)) / len(batch)
 
 
 def headline(post: Post) -> str:
@@ -1297,10 +1297,10 @@ def parse_post(record: dict) -> Post:
     return Post(*match.groups(), text_field(record, "completion").removesuffix("<|endoftext|>"), record)
 
 
-def parse_comparison(record: dict) -> Comparison | None:
+def parse_comparison(record: dict) -> Comparison:
     """A record of OpenAI's comparison files (info, summaries, choice), or prompt, chosen, rejected as on the Hub.
 
-    None for a comparison of another task: OpenAI's validation files hold CNN/DM articles too.
+    OpenAI's validation files hold news articles too: a kind of their own, and how well preferences generalise [4, 5].
     """
     if "prompt" in record:
         summaries, choice, kinds = [{"text": record.get(name)} for name in ("chosen", "rejected")], 0, ["unknown"]
@@ -1308,8 +1308,6 @@ def parse_comparison(record: dict) -> Comparison | None:
     else:
         info, summaries, choice = (record.get(name) for name in ("info", "summaries", "choice"))
         refuse(not isinstance(info, dict), "field 'info' is missing or not an object")
-        if "article" in info and "post" not in info:
-            return None
         pair = isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(s, dict) for s in summaries)
         refuse(not pair, "field 'summaries' is not two objects")
         refuse(type(choice) is not int or choice not in (0, 1), f"field 'choice' is {choice!r}, must be 0 or 1")
@@ -1317,6 +1315,8 @@ def parse_comparison(record: dict) -> Comparison | None:
         kinds = [" vs ".join(sorted(str(summary.get("policy", "unknown")) for summary in summaries))]
         kinds += [str(record["batch"])] if "batch" in record else []
         kinds += [f"confidence {extra['confidence']}"] if "confidence" in extra else []
+        if "article" in info and "post" not in info:
+            info, kinds = {"subreddit": "news", "title": "", "post": info["article"]} | info, [*kinds, "news articles"]
         post = parse_post({**info, "summary": ""})
     texts = [text_field(summary, "text") for summary in summaries]
     refuse(not all(text.strip() for text in texts), "one of the two texts is empty")
@@ -1326,30 +1326,24 @@ def parse_comparison(record: dict) -> Comparison | None:
 TOLERATED = 0.01  # share of unusable records; more are an error
 
 
-def read_records(path: Path, parse: Callable[[dict], NamedTuple | None]) -> tuple[list, list[str]]:
+def read_records(path: Path, parse: Callable[[dict], NamedTuple]) -> tuple[list, list[str]]:
     """Parsed records of a JSON Lines file (.gz too), and complaints about what was left out: file, line, field."""
-    records, unusable, others, number = [], [], 0, 0
+    records, unusable, number = [], [], 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
                     record = json.loads(line.decode("utf-8"))
                     refuse(not isinstance(record, dict), "not a JSON object")
-                    parsed = parse(record)
-                    if parsed is None:
-                        others += 1
-                    else:
-                        records.append(parsed)
+                    records.append(parse(record))
                 except (ValueError, RecursionError) as error:
                     unusable.append(f"line {number}: {error}")
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: {error}") from None
-    complaints = [f"{path}: {others:,} of {number:,} records are of another task"] if others else []
-    if unusable:
-        complaints.append(f"{path}: {len(unusable):,} of {number:,} records are unusable: {'; '.join(unusable[:3])}")
-    refuse(len(unusable) > TOLERATED * number, f"{' '.join(complaints[-1:])} (at most {TOLERATED:.0%} may be)")
+    complaint = f"{path}: {len(unusable):,} of {number:,} records are unusable: {'; '.join(unusable[:3])}"
+    refuse(len(unusable) > TOLERATED * number, f"{complaint} (at most {TOLERATED:.0%} may be)")
     refuse(not records, f"{path}: no records")
-    return records, complaints
+    return records, [complaint] if unusable else []
 
 
 def write_records(records: Sequence[dict], path: Path) -> None:
