@@ -3923,22 +3923,25 @@ def test_the_choice_is_the_chosen_text():
     "D12; README: samples.jsonl", *RUN_NEEDS, "show_sample", "Run", "load_models",
 )  # fmt: skip
 def test_shown_samples_belong_to_their_models():
-    folder, config = finished_run(), stage_config("shown", "ppo")
-    run = impl.Run(config)
-    models, codec, posts = impl.load_models(run), run.codec("sft"), toy_posts(12)
-    models = replace(models, policy=impl.load_policy(folder / "base"))
-    impl.show_sample(run, 3, posts, codec, models)
-    record = json.loads((run.folder / "samples.jsonl").read_text())
-    queries, noise = codec.queries([posts[3]]), impl.noise(1, "show", [3], 16)
-    written = {"author": codec.responses([posts[3].summary])}
-    for name, policy in (("sft", models.ref_policy), ("ppo", models.policy)):
-        written[name] = impl.sample(policy, queries, noise, 0.01, codec.eos_id, engine())
-    assert written["sft"] != written["ppo"], "the example needs two models that write different things"
-    for name, responses in written.items():
-        assert record[name] == codec.text(responses[0])
-        score = impl.scores_of(models.reward_model, impl.Batch(queries, responses), engine()).item()
-        ended = responses[0][-1] == codec.eos_id
-        assert record[f"{name}_score"] == pytest.approx(score if ended else -3.0, abs=1e-5)
+    folder, posts = finished_run(), toy_posts(12)
+    for T in (16, 3):
+        config = stage_config(f"shown {T}", "ppo")
+        run = impl.Run(replace(config, data=replace(config.data, response_tokens=T)))
+        models, codec = impl.load_models(run), run.codec("sft")
+        models = replace(models, policy=impl.load_policy(folder / "base"))
+        impl.show_sample(run, 3, posts, codec, models)
+        record = json.loads((run.folder / "samples.jsonl").read_text())
+        queries, noise = codec.queries([posts[3]]), impl.noise(1, "show", [3], T)
+        written = {"author": codec.responses([posts[3].summary])}
+        for name, policy in (("sft", models.ref_policy), ("ppo", models.policy)):
+            written[name] = impl.sample(policy, queries, noise, 0.01, codec.eos_id, engine())
+        assert written["sft"] != written["ppo"] or T < 16, "the example needs two models that write different things"
+        assert (written["sft"][0][-1] == codec.eos_id) == (T == 16), "and one that does not end in time"
+        for name, responses in written.items():
+            assert record[name] == codec.text(responses[0])
+            score = impl.scores_of(models.reward_model, impl.Batch(queries, responses), engine()).item()
+            ended = responses[0][-1] == codec.eos_id
+            assert record[f"{name}_score"] == pytest.approx(score if ended else -3.0, abs=1e-5)
 
 
 @law(
@@ -4996,7 +4999,7 @@ MUTANTS = [
     Mutant("shuffles draw with replacement", "test_shuffles_use_every_example_once_per_epoch", "rng(seed, purpose, epoch).permutation(n)", "rng(seed, purpose, epoch).integers(0, n, n)"),
     Mutant("the seed is ignored", "test_noise_is_addressed_by_the_episode", "default_rng([seed, zlib", "default_rng([0, zlib"),
     Mutant("the choice is upside down", "test_the_choice_is_the_chosen_text", "texts[choice], texts[1 - choice]", "texts[1 - choice], texts[choice]"),
-    Mutant("fields may be numbers", "test_any_record_is_parsed_or_refused", "refuse(not isinstance(text, str), f", "refuse(text is None, f"),
+    Mutant("fields may be numbers", "test_any_record_is_parsed_or_refused", "refuse(not isinstance(text, str), f\"field '{name}' is missing or not text\")", "if not isinstance(text, str):\n        return text"),
     Mutant("articles are read as posts", "test_both_forms_of_the_data_are_read", 'if "article" in info and "post" not in info:', "if False:"),
     Mutant("broken records pass in silence", "test_broken_records_are_counted_or_refused", "refuse(len(unusable) > TOLERATED * number,", "refuse(False,"),
     Mutant("broken records are not reported", "test_broken_records_are_counted_or_refused", 'unusable.append(f"line {number}: {error}")', "number -= 1"),
