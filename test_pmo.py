@@ -1583,6 +1583,16 @@ def some_batch(lengths: tuple[tuple[int, int], ...] = ((3, 2), (7, 5), (1, 1), (
     return impl.Batch(queries, responses)
 
 
+def some_rankings(pairs: tuple = (((0, 1),), ((0, 1), (1, 2), (0, 2)), ((1, 0), (0, 1)), ((3, 0), (2, 1), (3, 1)), ((0, 1),)),
+                  share: bool = False):  # fmt: skip
+    """Rankings of two to four responses of unequal lengths to each of some queries."""
+    rankings = []
+    for i, (query, of) in enumerate(zip(some_batch().queries, pairs)):
+        responses = some_batch(tuple((1, 1 + (i + j) % 5) for j in range(1 + max(map(max, of)))), seed=7 + i).responses
+        rankings.append(impl.Ranking(query, responses, list(of)))
+    return impl.Rankings(rankings, share)
+
+
 def engine(micro_batch_size: int = 32, **kwargs: object):
     return impl.Engine(micro_batch_size=micro_batch_size, **kwargs)
 
@@ -1643,11 +1653,12 @@ def test_ids_in_padding_do_not_matter():
     for family in FAMILIES:
         policy, scalar, batch = tiny_policy(family), tiny_scalar(family), some_batch()
         layout = impl.lay_out(batch)
-        width = layout.tokens.shape[1]
-        padding = torch.tensor([[t >= n for t in range(width)] for n in batch.lengths])
+        tokens = layout.inputs["input_ids"]
+        lengths = [len(query) + len(response) for query, response in zip(batch.queries, batch.responses)]
+        padding = torch.tensor([[t >= n for t in range(tokens.shape[1])] for n in lengths])
         assert padding.any()
         for junk in (1, EOS):
-            dirty = layout._replace(tokens=layout.tokens.masked_fill(padding, junk))
+            dirty = layout._replace(inputs={"input_ids": tokens.masked_fill(padding, junk)})
             with torch.no_grad():
                 for clean, other in ((impl.response_logprobs(policy, x, 0.7)[layout.mask] for x in (layout, dirty)),):
                     close(other, clean, tolerance=1e-6)
@@ -2048,7 +2059,7 @@ def tiny_rollout(models, config, micro_batch_size: int = 32, rows: int = 8):
     batch = impl.Batch(queries, responses)
     scores = impl.scores_of(models.reward_model, batch, machine)
     rollout = impl.read_tokens(models, batch, scores, EOS, config.temperature, [list(range(rows))], machine)
-    return impl.credit(rollout, impl.shape_rewards(rollout, config), config)
+    return replace(impl.credit(rollout, impl.shape_rewards(rollout, config), config), room=12)
 
 
 def parameters_of(models) -> list[Tensor]:
@@ -2096,10 +2107,11 @@ def check_splitting(losses: Callable, minibatch: object, modules: list) -> None:
 )  # fmt: skip
 def test_ppo_micro_batches_do_not_change_the_step():
     for family, average, kl_in, value in (
-        ("gpt2", "token", "reward", "separate"), ("neox", "sequence", "loss", "separate"), ("llama", "token", "loss", "shared"),
+        ("gpt2", "token", "reward", "value-model"), ("neox", "sequence", "loss", "value-model"),
+        ("llama", "token", "loss", "value-head"), ("gpt2", "constant", "reward", "value-model"),
     ):  # fmt: skip
-        config = impl.PPO(average=average, kl_in=kl_in, value_model=value)
-        models = tiny_models(family, value == "shared")
+        config = impl.PPO(average=average, kl_in=kl_in, baseline=value)
+        models = tiny_models(family, value == "value-head")
         rollout = tiny_rollout(models, config)
         shift = 0.3 * uniforms(*rollout.logprobs.shape, 5).masked_fill(~rollout.mask, 0)
         minibatch = replace(rollout, logprobs=rollout.logprobs + shift)[[6, 1, 3, 0, 7]]
@@ -2118,12 +2130,11 @@ def test_sft_micro_batches_do_not_change_the_step():
 
 @law(
     "cutting a reward-model minibatch into micro-batches changes neither its gradient nor its accuracy",
-    "D20", "reward_losses", "Pairs", *ENGINE_NEEDS,
+    "D20", "reward_losses", "Rankings", *ENGINE_NEEDS,
 )  # fmt: skip
 def test_reward_micro_batches_do_not_change_the_step():
     model = tiny_scalar("llama")
-    pairs = impl.Pairs(some_batch(), some_batch(seed=1))
-    check_splitting(partial(impl.reward_losses, model), pairs, [model.classifier])
+    check_splitting(partial(impl.reward_losses, model), some_rankings(), [model.classifier])
 
 
 @law(
@@ -2175,7 +2186,7 @@ def test_ratio_is_one_before_the_first_step():
 )  # fmt: skip
 def test_rollouts_are_read_in_the_first_epochs_micro_batches():
     config = stage_config("read", "ppo", compute=impl.Compute(micro_batch_size=3))
-    layouts = [args[2].tokens for args, _ in watched(config, "logits_and_values")["logits_and_values"]]
+    layouts = [args[2].inputs["input_ids"] for args, _ in watched(config, "logits_and_values")["logits_and_values"]]
     groups = 6  # of 2 minibatches of 8 rows, in threes
     assert len(layouts) == 3 * groups * (1 + config.ppo.num_ppo_epochs)
     for update in range(0, len(layouts), 3 * groups):
@@ -2605,7 +2616,7 @@ def test_variants_of_ppo_run():
     base = replace(tiny_config("unused").ppo, total_episodes=16)
     finished_run("plain", reward=impl.Reward(pretraining_pairs=0))
     variants = {
-        "shared": replace(base, value_model="shared", whiten_rewards=True),
+        "shared": replace(base, baseline="value-head", whiten_rewards=True),
         "kl loss": replace(base, kl_in="loss", average="sequence"), "k3": replace(base, kl_estimator="k3")
     }  # fmt: skip
     for name, ppo in variants.items():
@@ -2637,27 +2648,37 @@ def test_comparisons_are_the_labelers():
 
 
 @law(
-    "two samples of one post are drawn with different noise",
-    "README: the labeler compares two samples", *RUN_NEEDS, "noise",
+    "the samples of one post are drawn with different noise",
+    "README: the labeler compares two samples", *RUN_NEEDS, "noise", "sample",
 )  # fmt: skip
 def test_samples_of_a_post_are_independent():
-    purposes = [args[1] for args, _ in watched(stage_config("compare", "compare"), "noise")["noise"]]
+    calls = watched(stage_config("compare", "compare"), "noise", "sample")
+    purposes = [args[1] for args, _ in calls["noise"]]
     assert len(purposes) == len(set(purposes)) == 4, purposes
+    for args, _ in calls["sample"]:
+        assert len({tuple(row.tolist()) for row in args[2]}) == len(args[1])
 
 
 @law(
-    "PPO starts from the SFT model, twice, and from the reward model, twice; policy and value model learn, bias included",
-    "D10; [4]: initialisation of the four models", *RUN_NEEDS, "load_models", "Run",
+    "PPO starts from the SFT model, twice, and from the reward model, twice; policy and value model learn, bias included; the "
+    "value model's level is such that its mean over the references' tokens, where it is read, is 0",
+    "D9, D10; [4]: initialisation of the four models; value initialization bias, Yuan et al. 2025, arXiv 2503.01491",
+    *RUN_NEEDS, "load_models", "Run", "read_examples",
 )  # fmt: skip
 def test_the_four_models_start_where_they_should():
     folder = finished_run()
-    models = impl.load_models(impl.Run(stage_config("four models", "ppo")))
-    sft, reward = weights_of(folder / "sft"), weights_of(folder / "reward")
+    run = impl.Run(stage_config("four models", "ppo"))
+    models, sft, reward = impl.load_models(run), weights_of(folder / "sft"), weights_of(folder / "reward")
     for policy in (models.policy, models.ref_policy):
         assert all(policy.state_dict()[name].equal(x) for name, x in sft.items())
     for scalar in (models.value_model, models.reward_model):
         assert all(scalar.classifier.state_dict()[name].equal(x) for name, x in reward.items())
-    assert models.value_model.bias.item() == models.reward_model.bias.item() != 0
+    assert models.reward_model.bias.item() == impl.ScalarModel.load(folder / "reward").bias.item() != 0
+    values, examples = [], impl.read_examples(run, "train", run.codec("sft"))
+    with torch.no_grad():
+        for i in range(len(examples)):
+            values += models.value_model.values(impl.lay_out(examples[[i]]))[0].tolist()
+    assert len({round(value, 3) for value in values}) > 10 and abs(sum(values) / len(values)) < 1e-3
     assert all(p.requires_grad for m in (models.policy, models.value_model) for p in m.parameters())
     assert not any(p.requires_grad for m in (models.ref_policy, models.reward_model) for p in m.parameters())
     assert models.policy is not models.ref_policy and models.value_model is not models.reward_model
@@ -2752,25 +2773,32 @@ def test_every_update_sees_its_own_episodes():
         assert minibatch.logprobs.equal(rollout.logprobs[rows][:, :T])
 
 
+def pairs_of(rankings: list) -> list[tuple]:
+    """Query, better and worse response of each pair."""
+    return [(tuple(q), tuple(texts[a]), tuple(texts[b])) for q, texts, pairs in rankings for a, b in pairs]
+
+
 @law(
     "the reward model sees own summaries against exchanged ones, and every comparison once, as it was judged; of one post there "
     "is nothing to exchange",
-    "[5] section 3.4; Askell et al. 2021", *RUN_NEEDS, "reward", "Pairs", "read_pairs", "Run",
+    "[5] section 3.4; Askell et al. 2021", *RUN_NEEDS, "reward", "Rankings", "read_rankings", "Run",
 )  # fmt: skip
 def test_the_reward_model_sees_each_pair_once_the_right_way_round():
     run = impl.Run(stage_config("pairs", "reward"))
     codec = run.codec("sft")
-    examples, (pairs, _) = impl.read_examples(run, "train", codec), impl.read_pairs(run, "train", codec)
-    judged = Counter(
-        tuple(map(tuple, row)) for row in zip(pairs.chosen.queries, pairs.chosen.responses, pairs.rejected.responses)
-    )
+    examples, (rankings, kinds) = impl.read_examples(run, "train", codec), impl.read_rankings(run, "train", codec)
+    judged = Counter(pairs_of(rankings))
+    comparisons, _ = impl.read_records(finished_run() / "data" / "comparisons_train.jsonl", impl.parse_comparison)
+    rows = zip(codec.queries([c.post for c in comparisons]), *(codec.responses([c[i] for c in comparisons]) for i in (1, 2)))
+    given = [tuple(map(tuple, row)) for row in rows if max(len(row[1]), len(row[2])) <= run.config.data.comparison_tokens]
+    assert judged == Counter(given) and len(given) > len(rankings) == len({query for query, _, _ in given})
+    assert Counter(kinds) == Counter(c.kinds for c in comparisons), "all of these fit"
     own = {(tuple(q), tuple(r)) for q, r in zip(examples.queries, examples.responses)}
     for name, posts in (("pairs of all", 6000), ("pairs of one", 1)):
         config = stage_config(name, "reward", reward=impl.Reward(pretraining_pairs=posts))
         seen = [args[2] for args, _ in watched(config, "optimizer_step")["optimizer_step"]]
-        rest = Counter(
-            tuple(map(tuple, row)) for p in seen for row in zip(p.chosen.queries, p.chosen.responses, p.rejected.responses)
-        )  # fmt: skip
+        assert all(len(pairs_of(part.rankings)) <= 16 for part in seen), "pairs of a step"
+        rest = Counter(pair for part in seen for pair in pairs_of(part.rankings))
         rest.subtract(judged)
         assert min(rest.values()) >= 0, "a comparison was not seen, or the wrong way round"
         pretrained = list(rest.elements())
@@ -2896,22 +2924,28 @@ def test_bos_where_the_tokenizer_has_one():
         assert tokenizer.bos_token_id not in codec.responses(["A summary."])[0]
 
 
+def scores_of_pairs(model, rankings) -> tuple[Tensor, Tensor]:
+    """Scores of the better and of the worse response of each pair, each read alone."""
+    pairs = [(r.query, r.responses[a], r.responses[b]) for r in rankings.rankings for a, b in r.pairs]
+    queries, *texts = (list(column) for column in zip(*pairs))
+    return tuple(impl.scores_of(model, impl.Batch(queries, responses), engine(1)) for responses in texts)
+
+
 @law(
     "held-out accuracy is the share of pairs ranked as judged: of all, by who wrote them, and where some summaries are of "
     "another post, of the rest",
-    "D8; a summary of another post is easily told apart", "reward_accuracies", "scores_of", "Pairs", *ENGINE_NEEDS,
+    "D8; a summary of another post is easily told apart", "reward_accuracies", "scores_of", "Rankings", *ENGINE_NEEDS,
 )  # fmt: skip
 def test_reward_accuracies_are_shares_of_pairs():
-    model, chosen, rejected = tiny_scalar("neox"), some_batch(), some_batch(seed=1)
-    pairs = impl.Pairs(chosen, rejected[range(4)] + chosen[[4]])
-    better, worse = (impl.scores_of(model, batch, engine()).tolist() for batch in (pairs.chosen, pairs.rejected))
-    right = [0.5 if a == b else float(a > b) for a, b in zip(better, worse)]
-    assert right[-1] == 0.5
+    model, pairs = tiny_scalar("neox"), some_rankings(pairs=(((0, 1), (1, 0)), ((1, 2),), ((0, 1),), ((0, 0),)))
+    better, worse = scores_of_pairs(model, pairs)
+    right = [0.5 if a == b else float(a > b) for a, b in zip(better.tolist(), worse.tolist())]
+    assert right[-1] == 0.5 and right[0] == 1 - right[1] and len(right) == 5
     for y, hard in (("y", {}), ("other post vs y", {"same post": right[::2]})):
         kinds = [("x", "sure"), (y,), ("x",), (y, "sure"), ("x",)]
         expected = {"all": right, "x": right[::2], y: right[1::2], "sure": [right[0], right[3]]} | hard
         result = impl.reward_accuracies(model, pairs, kinds, engine())
-        assert {kind: pairs for kind, (_, pairs) in result.items()} == {k: len(x) for k, x in expected.items()}
+        assert {kind: n for kind, (_, n) in result.items()} == {k: len(x) for k, x in expected.items()}
         for kind, rights in expected.items():
             assert result[kind][0] == pytest.approx(sum(rights) / len(rights))
 
@@ -2969,39 +3003,45 @@ def test_the_labelers_score_is_the_formula_it_says():
 
 
 @law(
-    "comparisons are the SFT model's: the labeler's best of all samples against its worst, and the first against one for "
-    "another post, drawn at the PPO temperature for posts picked at random",
-    "README: the labeler", *RUN_NEEDS, "compare", "sample", "Labeler", "Codec",
+    "comparisons are the SFT model's: all pairs of its ranked samples, and the first against one for another post, drawn at the "
+    "PPO temperature for posts picked at random",
+    "README: the labeler; [8] section 3.5", *RUN_NEEDS, "compare", "sample", "Labeler", "Codec",
 )  # fmt: skip
-def test_comparisons_are_best_against_worst_at_ppos_temperature():
-    config = stage_config("best and worst", "compare", compare=impl.Compare(samples=3, posts=40))
+def test_comparisons_are_all_pairs_at_ppos_temperature():
+    config = stage_config("all pairs", "compare", compare=impl.Compare(samples=3, posts=40))
     config = replace(config, ppo=replace(config.ppo, temperature=1.3))
     drawn = watched(config, "sample")["sample"]
-    assert len(drawn) == 6 and {args[3] for args, _ in drawn} == {1.3}
+    assert [len(args[1]) for args, _ in drawn] == [120, 36] and {args[3] for args, _ in drawn} == {1.3}
     sft = weights_of(finished_run() / "sft")
     assert all(drawn[0][0][0].state_dict()[name].equal(weight) for name, weight in sft.items())
     codec, posts = impl.Codec(impl.load_tokenizer(finished_run() / "sft"), config.data), toy_posts(60)
     labeler, drafts = impl.Labeler(posts), {}
-    for args, responses in drawn[:3]:
-        for query, response in zip(args[1], responses):
-            drafts.setdefault(tuple(query), []).append(codec.text(response))
+    prompts = drawn[0][0][1]
+    for i, (query, response) in enumerate(zip(prompts, drawn[0][1])):
+        assert query == prompts[i - i % 3], "samples of a post should be neighbours"
+        drafts.setdefault(tuple(query), []).append(codec.text(response))
     query_of = {post.post: tuple(query) for post, query in zip(posts, codec.queries(posts))}
     assert len(drafts) == 40 and set(drafts) != {query_of[post.post] for post in posts[:40]}, "not the first posts"
-    path = workshop() / "runs" / "best and worst" / "data" / "comparisons_train.jsonl"
-    kinds, strange = Counter(), 0
+    path = workshop() / "runs" / "all pairs" / "data" / "comparisons_train.jsonl"
+    kinds, strange, compared = Counter(), 0, Counter()
     for line in path.read_text().splitlines():
         record = json.loads(line)
         judged, mine = impl.parse_comparison(record), drafts[query_of[record["info"]["post"]]]
         kinds[judged.kinds] += 1
         if judged.kinds == ("sft vs sft",):
-            scores = [labeler.score(judged.post, text) for text in mine]
-            assert len(scores) == 3 and labeler.score(judged.post, judged.chosen) == max(scores)
-            assert labeler.score(judged.post, judged.rejected) == min(scores)
+            compared[query_of[record["info"]["post"]], judged.chosen, judged.rejected] += 1
         else:
             by = {summary["policy"]: summary["text"] for summary in record["summaries"]}
             others = {texts[0] for query, texts in drafts.items() if query != query_of[record["info"]["post"]]}
             assert by["sft"] == mine[0] and by["other post"] in others - {mine[0]}
             strange += by["other post"] not in mine
+    expected, by_query = Counter(), {query_of[post.post]: post for post in posts}
+    for query, texts in drafts.items():
+        for one, other in itertools.combinations(texts, 2):
+            a, b = (labeler.score(by_query[query], text) for text in (one, other))
+            if a != b and one and other:  # an empty text is no summary
+                expected[(query, one, other) if a > b else (query, other, one)] += 1
+    assert compared == expected and max(expected.values()) <= 3 and expected.total() > 2 * 40
     assert len(kinds) == 2 and strange > kinds["other post vs sft",] / 2
 
 
@@ -3028,7 +3068,7 @@ def test_what_is_asked_for_in_pretraining_and_sft():
 @law(
     "logged held-out figures are the saved models' on validation posts: SFT's loss, its loss with summaries exchanged, the "
     "reward model's accuracy",
-    "D8; a shuffled-post control shows whether a summarizer summarizes", *RUN_NEEDS, "Run", "read_examples", "read_pairs",
+    "D8; a shuffled-post control shows whether a summarizer summarizes", *RUN_NEEDS, "Run", "read_examples", "read_rankings",
 )  # fmt: skip
 def test_held_out_figures_are_the_saved_models():
     valid = [
@@ -3047,10 +3087,8 @@ def test_held_out_figures_are_the_saved_models():
     for batch, name in ((valid, "valid/loss"), (exchanged, "valid/loss_other_post")):
         (logprobs,) = impl.map_rows(batch, engine(), lambda x: [impl.response_logprobs(policy, x, 1.0)])
         assert logged[name] == pytest.approx(-logprobs.sum().item() / sum(map(len, batch.responses)), rel=1e-4)
-    pairs, kinds = impl.read_pairs(run, "valid", codec)
-    model = impl.ScalarModel.load(folder / "reward")
-    better, worse = (impl.scores_of(model, batch, engine()) for batch in (pairs.chosen, pairs.rejected))
-    rights = impl.wins_of(better, worse)
+    rankings, kinds = impl.read_rankings(run, "valid", codec)
+    rights = impl.wins_of(*scores_of_pairs(impl.ScalarModel.load(folder / "reward"), impl.Rankings(rankings)))
     assert logged["valid/accuracy all"] == pytest.approx(rights.mean().item())
     hard = [i for i, kind in enumerate(kinds) if kind == ("sft vs sft",)]
     assert logged["valid/accuracy same post"] == pytest.approx(rights[hard].mean().item())
@@ -3059,7 +3097,7 @@ def test_held_out_figures_are_the_saved_models():
 @law(
     "an example fits up to and including the limit; a pair fits when both its texts do and differ, and keeps its kinds; what is "
     "left out is said, with the first",
-    "D4: never cut, but left out and counted", *RUN_NEEDS, "Run", "read_examples", "read_pairs",
+    "D4: never cut, but left out and counted", *RUN_NEEDS, "Run", "read_examples", "read_rankings",
 )  # fmt: skip
 def test_what_fits_is_kept_whole():
     posts, path, train = toy_posts(60), workshop() / "long pairs.jsonl", workshop() / "one longer.jsonl"
@@ -3084,10 +3122,9 @@ def test_what_fits_is_kept_whole():
         codec = run.codec("sft")
         examples = impl.read_examples(run, "train", codec)
         assert len(examples) == kept and max(map(len, examples.responses)) <= limit
-        pairs, kinds = impl.read_pairs(run, "train", codec)
-        assert [kind[-1] for kind in kinds] == ["2", "4"]
-        assert [codec.text(r) for r in pairs.chosen.responses] == ["one", "x"]
-        assert [codec.text(r) for r in pairs.rejected.responses] == ["two", "y"]
+        (ranking,), kinds = impl.read_rankings(run, "train", codec)  # all are of one post
+        assert [kind[-1] for kind in kinds] == ["2", "4"] and ranking.pairs == [(0, 1), (2, 3)]
+        assert [codec.text(r) for r in ranking.responses] == ["one", "two", "x", "y"]
         said = " ".join(run.said)
         assert "left out 4 of 6 train comparisons" in said and f"(the first: {posts[0].title!r})" in said
         assert ("left out 1 of 60 train summaries" in said and repr(posts[7].title) in said) == (kept == 59)
@@ -3121,15 +3158,38 @@ def test_only_a_shared_value_head_trains_the_policy():
 
 @law(
     "the reward model's logged accuracy and margin are those of the chosen over the rejected",
-    "D8", *ENGINE_NEEDS, "reward_losses", "scores_of", "Pairs",
+    "D8", *ENGINE_NEEDS, "reward_losses", "scores_of", "Rankings",
 )  # fmt: skip
 def test_the_reward_models_margin_is_chosen_minus_rejected():
-    model, pairs = tiny_scalar("neox"), impl.Pairs(some_batch(), some_batch(seed=1))
-    better, worse = (impl.scores_of(model, batch, engine()) for batch in (pairs.chosen, pairs.rejected))
+    model, pairs = tiny_scalar("neox"), some_rankings(pairs=(((0, 1),),) * 5)
+    better, worse = scores_of_pairs(model, pairs)
     shares = [impl.reward_losses(model, pairs[rows], pairs) for rows in ([0, 1, 2], [3, 4])]
-    close(shares[0]["margin"] + shares[1]["margin"], (better - worse).mean(), tolerance=1e-5)
+    close((shares[0]["margin"] + shares[1]["margin"]).detach(), (better - worse).mean(), tolerance=1e-5)
     close(shares[0]["accuracy"] + shares[1]["accuracy"], (better > worse).float().mean())
     assert (better > worse).float().mean() != 0.5
+
+
+@law(
+    "a query counts once in the reward model's loss, by however many of its pairs, which share its weight; each of its texts is "
+    "read once",
+    "[8] section 3.5: all pairs of a prompt in one batch element, each weighted 1 / (K choose 2)",
+    *ENGINE_NEEDS, "reward_losses", "scores_of", "Rankings",
+)  # fmt: skip
+def test_every_query_counts_once_in_the_reward_models_loss():
+    model, rankings = tiny_scalar("neox"), some_rankings()
+    better, worse = scores_of_pairs(model, rankings)
+    pairs = [len(ranking.pairs) for ranking in rankings.rankings]
+    weights = torch.tensor([1 / n for n in pairs for _ in range(n)]) / len(pairs)
+    assert len(set(pairs)) > 1
+    for share in (False, True):
+        with watching("lay_out") as calls:
+            losses = impl.reward_losses(model, replace(rankings, share=share), rankings)
+        ((layout_of, *_), layout), = calls["lay_out"]  # fmt: skip
+        assert len(layout_of) == sum(len(ranking.responses) for ranking in rankings.rankings)
+        assert len(layout.inputs["input_ids"]) == (5 if share else len(layout_of))
+        close(losses["loss"].detach(), -(weights * torch.nn.functional.logsigmoid(better - worse)).sum(), 1e-5)
+        close(losses["margin"].detach(), (weights * (better - worse)).sum(), 1e-5)
+        close(losses["accuracy"], (weights * (better > worse)).sum(), 1e-5)
 
 
 @law(
@@ -3491,7 +3551,7 @@ def test_help_explains_every_flag():
     helped, flag = {}, ""
     for line in result.stdout.splitlines():
         text = line.strip("│ ")
-        if text.startswith("--"):
+        if line.startswith("│ --"):  # not where a sentence names one
             flag = text.split()[0].rstrip(",")
             helped[flag] = []
         elif flag and line.startswith("│"):
@@ -3572,6 +3632,7 @@ def test_every_number_is_checked():
         "seed", "ppo.gamma", "ppo.lam", "ppo.kl_coef", "ppo.vf_coef", "sft.prompt_weight", "reward.pretraining_pairs"
     }  # fmt: skip
     may_be_0 |= {"optimizer.beta2", "optimizer.max_grad_norm", "compute.checkpoint_minutes"}
+    may_be_0 |= {"ppo.penalty_coef", "ppo.ptx_coef"}
     at_least_2 = {
         "data.query_tokens", "data.response_tokens", "data.comparison_tokens", "compare.posts", "compare.samples"
     }  # fmt: skip
@@ -3655,7 +3716,7 @@ def test_the_fast_path_has_the_plain_paths_gradient():
         models, config = tiny_models(family), impl.PPO(temperature=0.7)
         rollout = tiny_rollout(models, config)
         move_away(models)
-        for rows in impl.micro_batches(rollout.lengths, range(8), 3):
+        for rows in impl.micro_batches(rollout, 3):
             impl.ppo_losses(models, config, rollout[rows], rollout)["loss"].backward()
         trained = parameters_of(models)
         fast = [p.grad.clone() for p in trained]
@@ -3691,6 +3752,8 @@ def test_the_benchmark_says_where_the_time_goes():
     ]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()) as said:
         result = benchmark(*map(str, flags))
+        shared = benchmark(*map(str, flags), "--ppo.responses-per-query", "4", "--folder", str(workshop() / "timed 4"))
+    assert shared["phases"]["forwards"]["tokens/s"] > 0 and 0 < shared["phases"]["sampling"]["share of bandwidth"] < 2
     phases = result["phases"]
     assert set(phases) == {"sampling", "forwards", "training"} and result["updates"] == 2
     assert result["seconds"] == pytest.approx(sum(row["seconds"] for row in phases.values()))
@@ -3701,7 +3764,7 @@ def test_the_benchmark_says_where_the_time_goes():
     for row in phases.values():
         assert row["seconds"] > 0 and 0 < row["share of peak"] < 2
     written, forwards = (phases[name]["tokens/s"] * phases[name]["seconds"] for name in ("sampling", "forwards"))
-    read = forwards / 3  # by reward model, policy with value model, reference
+    read = forwards / 4  # by reward model, policy with value model, reference, and by the policy after the update
     assert 16 <= written <= 16 * 8 and read > written + 16 * 20
     training = phases["training"]
     assert training["tokens/s"] * training["seconds"] == pytest.approx(2 * read), "two epochs"
@@ -3926,7 +3989,7 @@ def test_shown_samples_belong_to_their_models():
     folder, config = finished_run(), stage_config("shown", "ppo")
     run = impl.Run(config)
     models, codec, posts = impl.load_models(run), run.codec("sft"), toy_posts(12)
-    models = replace(models, policy=impl.load_policy(folder / "base"))
+    models = models._replace(policy=impl.load_policy(folder / "base"))
     impl.show_sample(run, 3, posts, codec, models)
     record = json.loads((run.folder / "samples.jsonl").read_text())
     queries, noise = codec.queries([posts[3]]), impl.noise(1, "show", [3], 16)
@@ -5220,6 +5283,11 @@ def test_some_law_fails_when(mutant, monkeypatch):
 # race: one PPO update of pmo's and of TRL's, in turn, on the same model, queries and settings
 
 
+def tokens_in(batch: object) -> int:
+    """Tokens that a forward pass over a batch, rollout or rankings must read: a shared query once."""
+    return sum(tokens for _, _, tokens in batch.parts(10**9))
+
+
 @contextmanager
 def clocks() -> Iterator[Counter]:
     """Inside, an update's seconds, tokens and computed slots are counted by phase: sampling, forwards, training."""
@@ -5250,11 +5318,11 @@ def clocks() -> Iterator[Counter]:
     with pytest.MonkeyPatch.context() as patch:
         for phase, name, tokens in (
             ("sampling", "sample", lambda args, result: sum(map(len, result))),
-            ("forwards", "map_rows", lambda args, result: sum(args[0].lengths)),
-            ("training", "optimizer_step", lambda args, result: sum(args[2].lengths)),
+            ("forwards", "map_rows", lambda args, result: tokens_in(args[0])),
+            ("training", "optimizer_step", lambda args, result: tokens_in(args[2])),
         ):
             patch.setattr(impl, name, timed(phase, getattr(impl, name), tokens))
-        patch.setattr(impl, "lay_out", counted(impl.lay_out, lambda args, layout: layout.tokens.numel()))
+        patch.setattr(impl, "lay_out", counted(impl.lay_out, lambda args, layout: layout.inputs["input_ids"].numel()))
         width = lambda args, rows: len(rows) * max(map(len, rows))  # noqa: E731
         patch.setattr(impl, "sample_block", counted(impl.sample_block, width))
         yield costs
@@ -5313,18 +5381,20 @@ def benchmark(*flags: str) -> dict:
     # Two operations per weight and token forward, four more backward; attention's own are left out.
     head, ppo, shape = model.get_output_embeddings().weight.numel(), config.ppo, model.config
     body = model.num_parameters() - head * (1 if shape.tie_word_embeddings else 2)
-    written, epochs, value = cost["tokens/sampling"], ppo.num_ppo_epochs, ppo.value_model == "separate"
-    read = cost["tokens/training"] / epochs  # queries and responses, once
+    written, epochs, value = cost["tokens/sampling"], ppo.num_ppo_epochs, ppo.baseline == "value-model"
+    read = cost["tokens/training"] / epochs  # queries and responses, once: policy (before and after) and reference
     operations = {
         "sampling": 2 * body * read + 2 * head * written,
-        "forwards": 2 * body * read * (2 + value + (ppo.reward_function is None)) + 2 * 2 * head * written,
+        "forwards": 2 * body * read * (3 + value + (ppo.reward_function is None)) + 2 * 3 * head * written,
         "training": 6 * (body * read * (1 + value) + head * written) * epochs,
     }
     # A step of sampling reads the weights once, and for each row the keys and values of all that came before.
     steps = cost["slots/sampling"] / min(ppo.batch_size, run.engine.sample_batch_size)
     heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     cache = 2 * shape.num_hidden_layers * heads * (shape.hidden_size // shape.num_attention_heads)
-    moved = ((body + head) * steps + cache * (read - written / 2) / ppo.batch_size * written) * (2 if half else 4)
+    copies = ppo.responses_per_query if config.compute.share_queries else 1  # each response has its query's keys
+    before = ((read - written) * copies + written / 2) / ppo.batch_size
+    moved = ((body + head) * steps + cache * before * written) * (2 if half else 4)
     phases = {
         phase: {
             "seconds": (seconds := cost[f"seconds/{phase}"]), "tokens/s": cost[f"tokens/{phase}"] / seconds,
