@@ -1,13 +1,13 @@
 """Laws of PPO for language models: what is true of every correct implementation, each with its source.
 
-    python test_pmo.py                              the contract's 86 laws, in a table; --table out.json writes it
+    python test_pmo.py                              the contract's 88 laws, in a table; --table out.json writes it
     PMO_IMPL=my_module python test_pmo.py           the same, held against the functions of my_module (or path/to/it.py)
     PMO_IMPL=my_module pytest test_pmo.py           each law by itself: a failure shows the smallest counterexample
     PMO_IMPL=trl python test_pmo.py                 TRL, torchtune or torchrl, where installed, by the adapters below
     pytest test_pmo.py                              pmo: these laws, then its own: details D1 to D25, pipeline, runs
     python test_pmo.py race short                   time an update of pmo's against one of TRL's (README: "Speed")
 
-86 laws are about the contract and can be held against any implementation; they end at the line "copy up to here",
+88 laws are about the contract and can be held against any implementation; they end at the line "copy up to here",
 and the file works alone when it ends there. The laws below that line are pmo's own.
 
 An implementation is a module with any of the contract's functions (README: "Verify another implementation"): torch
@@ -72,7 +72,8 @@ is_pmo = hasattr(impl, "Config") and hasattr(impl, "ppo")
 
 CONTRACT = (
     "response_mask", "length_mask", "penalize_missing_eos", "logprobs_of", "entropy_of", "masked_mean", "whiten",
-    "kl_estimate", "token_rewards", "gae", "policy_loss", "value_loss", "aggregate", "preference_loss", "truncate_post",
+    "kl_estimate", "token_rewards", "gae", "leave_one_out", "policy_loss", "value_loss", "aggregate", "preference_loss",
+    "truncate_post",
 )  # fmt: skip
 
 
@@ -323,7 +324,7 @@ def some_arguments(of: torch.dtype) -> dict[str, tuple]:
         "kl_estimate k1": (x, y, "k1"), "kl_estimate k2": (x, y, "k2"), "kl_estimate k3": (x, y, "k3"),
         "gae": (x, y, mask, 0.5, 0.5), "policy_loss": (x, y, z, 0.25), "value_loss": (x, y, z, 0.25),
         "aggregate token": (x, mask, "token"), "aggregate sequence": (x, mask, "sequence"),
-        "preference_loss": (x[:, 0], y[:, 0]),
+        "preference_loss": (x[:, 0], y[:, 0]), "leave_one_out": (x[:, 0], 2),
     }  # fmt: skip
 
 
@@ -1008,7 +1009,7 @@ def test_value_loss_gradient_stops_beyond_the_clip(sign, old):
 
 
 # -----------------------------------------------------------------------------
-# aggregate [D20], preference_loss
+# aggregate [D20], preference_loss, leave_one_out
 
 
 @law('"token" is the mean over all tokens', "DAPO (arXiv 2503.14476, section 3.3); [4]", "aggregate",
@@ -1078,6 +1079,28 @@ def test_preference_loss_is_bradley_terry(pairs):
     chosen, rejected = torch.tensor(pairs, dtype=torch.float64).T
     losses = [-math.log(math.exp(c) / (math.exp(c) + math.exp(r))) for c, r in pairs]
     close(contract.preference_loss(chosen, rejected), sum(losses) / len(losses))
+
+
+@law("weights of pairs make the loss their weighted sum", "[8] section 3.5: the pairs of a prompt share its weight",
+     "preference_loss", pairs=st.lists(st.tuples(numbers(), numbers(), numbers(0, 1)), min_size=1, max_size=4))  # fmt: skip
+def test_preference_loss_of_weighted_pairs_is_their_weighted_sum(pairs):
+    chosen, rejected, weights = torch.tensor(pairs, dtype=torch.float64).T
+    try:
+        loss = contract.preference_loss(chosen, rejected, weights)
+    except TypeError:
+        raise NotImplementedError("preference_loss takes no weights") from None
+    close(loss, sum(weight * math.log1p(math.exp(r - c)) for c, r, weight in pairs))
+
+
+@law("a leave-one-out baseline is the mean of the others in the group, whatever a response itself got; what is left of its "
+     "return is G/(G − 1) times the distance from the group's mean", "[9] eq. 7", "leave_one_out", returns=tensors((6,)),
+     G=st.sampled_from([2, 3, 6]), change=numbers())  # fmt: skip
+def test_leave_one_out_is_the_mean_of_the_others(returns, G, change):
+    baseline, groups = contract.leave_one_out(returns, G), [range(i - i % G, i - i % G + G) for i in range(6)]
+    close(baseline, [sum(returns[j].item() for j in group if j != i) / (G - 1) for i, group in enumerate(groups)])
+    close(returns - baseline, G / (G - 1) * (returns - returns.view(-1, G).mean(1).repeat_interleave(G)))
+    moved = returns + change * torch.eye(6)[2]
+    close(contract.leave_one_out(moved, G)[2], baseline[2])
 
 
 margins = st.sampled_from([1e2, 1e3, 1e4]).map(lambda margin: torch.tensor([margin, -margin], dtype=torch.float64))
@@ -1163,64 +1186,24 @@ NUMBERS = "numbers outside the mask, and more padding, change nothing"
 SPOILED = "NaN and infinity outside the mask change nothing"
 
 
-@law(NUMBERS, OUTSIDE, "masked_mean", s=column, junk=finite, extra=more)
-def test_masked_mean_ignores_numbers_outside_the_mask(s, junk, extra):
-    check_masked("masked_mean", s, junk, extra)
+def padding_law(title: str, s: st.SearchStrategy, *names: str, nan: bool) -> tuple[str, Callable[[], None]]:
+    def test(s: Sequences, junk: float, extra: int) -> None:
+        look = lambda name: check_masked(name, s, junk, extra)  # noqa: E731
+        look(*names) if len(names) == 1 else for_each(names, look)
+
+    test.__name__ = f"test_{title}_ignores_{'nan' if nan else 'numbers'}_outside_the_mask"
+    drawn, statement = {"s": s, "junk": spoiled if nan else finite, "extra": more}, SPOILED if nan else NUMBERS
+    return test.__name__, law(statement, OUTSIDE, names[0].split()[0], hardening=nan, **drawn)(test)
 
 
-@law(NUMBERS, OUTSIDE, "whiten", s=spread, junk=finite, extra=more)
-def test_whiten_ignores_numbers_outside_the_mask(s, junk, extra):
-    for_each(("whiten", "whiten unshifted"), lambda name: check_masked(name, s, junk, extra))
-
-
-@law(NUMBERS, OUTSIDE, "token_rewards", s=scored, junk=finite, extra=more)
-def test_token_rewards_ignores_numbers_outside_the_mask(s, junk, extra):
-    check_masked("token_rewards", s, junk, extra)
-
-
-@law(NUMBERS, OUTSIDE, "gae", s=episodes, junk=finite, extra=more)
-def test_gae_ignores_numbers_outside_the_mask(s, junk, extra):
-    check_masked("gae", s, junk, extra)
-
-
-@law(NUMBERS, OUTSIDE, "aggregate", s=losses, junk=finite, extra=more)
-def test_aggregate_token_ignores_numbers_outside_the_mask(s, junk, extra):
-    check_masked("aggregate token", s, junk, extra)
-
-
-@law(NUMBERS, OUTSIDE, "aggregate", s=losses, junk=finite, extra=more)
-def test_aggregate_sequence_ignores_numbers_outside_the_mask(s, junk, extra):
-    check_masked("aggregate sequence", s, junk, extra)
-
-
-@law(SPOILED, OUTSIDE, "masked_mean", hardening=True, s=column, junk=spoiled, extra=more)
-def test_masked_mean_ignores_nan_outside_the_mask(s, junk, extra):
-    check_masked("masked_mean", s, junk, extra)
-
-
-@law(SPOILED, OUTSIDE, "whiten", hardening=True, s=spread, junk=spoiled, extra=more)
-def test_whiten_ignores_nan_outside_the_mask(s, junk, extra):
-    for_each(("whiten", "whiten unshifted"), lambda name: check_masked(name, s, junk, extra))
-
-
-@law(SPOILED, OUTSIDE, "token_rewards", hardening=True, s=scored, junk=spoiled, extra=more)
-def test_token_rewards_ignores_nan_outside_the_mask(s, junk, extra):
-    check_masked("token_rewards", s, junk, extra)
-
-
-@law(SPOILED, OUTSIDE, "gae", hardening=True, s=episodes, junk=spoiled, extra=more)
-def test_gae_ignores_nan_outside_the_mask(s, junk, extra):
-    check_masked("gae", s, junk, extra)
-
-
-@law(SPOILED, OUTSIDE, "aggregate", hardening=True, s=losses, junk=spoiled, extra=more)
-def test_aggregate_token_ignores_nan_outside_the_mask(s, junk, extra):
-    check_masked("aggregate token", s, junk, extra)
-
-
-@law(SPOILED, OUTSIDE, "aggregate", hardening=True, s=losses, junk=spoiled, extra=more)
-def test_aggregate_sequence_ignores_nan_outside_the_mask(s, junk, extra):
-    check_masked("aggregate sequence", s, junk, extra)
+for nan in (False, True):  # test_gae_ignores_numbers_outside_the_mask, test_gae_ignores_nan_outside_the_mask, ...
+    globals().update([
+        padding_law("masked_mean", column, "masked_mean", nan=nan),
+        padding_law("whiten", spread, "whiten", "whiten unshifted", nan=nan),
+        padding_law("token_rewards", scored, "token_rewards", nan=nan), padding_law("gae", episodes, "gae", nan=nan),
+        padding_law("aggregate_token", losses, "aggregate token", nan=nan),
+        padding_law("aggregate_sequence", losses, "aggregate sequence", nan=nan),
+    ])  # fmt: skip
 
 
 @law("a loss over NaN in its padding has a finite gradient, and none there", "contract: NaN passes through where()",
@@ -2789,8 +2772,12 @@ def test_the_reward_model_sees_each_pair_once_the_right_way_round():
     examples, (rankings, kinds) = impl.read_examples(run, "train", codec), impl.read_rankings(run, "train", codec)
     judged = Counter(pairs_of(rankings))
     comparisons, _ = impl.read_records(finished_run() / "data" / "comparisons_train.jsonl", impl.parse_comparison)
-    rows = zip(codec.queries([c.post for c in comparisons]), *(codec.responses([c[i] for c in comparisons]) for i in (1, 2)))
-    given = [tuple(map(tuple, row)) for row in rows if max(len(row[1]), len(row[2])) <= run.config.data.comparison_tokens]
+    rows = zip(
+        codec.queries([c.post for c in comparisons]), *(codec.responses([c[i] for c in comparisons]) for i in (1, 2))
+    )
+    given = [
+        tuple(map(tuple, row)) for row in rows if max(len(row[1]), len(row[2])) <= run.config.data.comparison_tokens
+    ]
     assert judged == Counter(given) and len(given) > len(rankings) == len({query for query, _, _ in given})
     assert Counter(kinds) == Counter(c.kinds for c in comparisons), "all of these fit"
     own = {(tuple(q), tuple(r)) for q, r in zip(examples.queries, examples.responses)}
