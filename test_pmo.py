@@ -2035,11 +2035,13 @@ def tiny_models(family: str, shared: bool = False):
     )
 
 
-def tiny_rollout(models, config, micro_batch_size: int = 32, rows: int = 8):
+def tiny_rollout(models, config, micro_batch_size: int = 32, rows: int = 8, queries: list | None = None,
+                 share: bool = False):  # fmt: skip
     """A rollout of the policy, with advantages and returns."""
-    queries, machine = some_batch(tuple((1 + i % 5, 1) for i in range(rows))).queries, engine(micro_batch_size)
-    responses = impl.sample(models.policy, queries, uniforms(rows, 12), config.temperature, EOS, machine)
-    batch = impl.Batch(queries, responses)
+    queries = queries or some_batch(tuple((1 + i % 5, 1) for i in range(rows))).queries
+    rows, machine = len(queries), engine(micro_batch_size)
+    responses = impl.sample(models.policy, queries, uniforms(rows, 12), config.temperature, EOS, machine, share)
+    batch = impl.Batch(queries, responses, share)
     scores = impl.scores_of(models.reward_model, batch, machine)
     rollout = impl.read_tokens(models, batch, scores, EOS, config.temperature, [list(range(rows))], machine)
     return replace(impl.credit(rollout, impl.shape_rewards(rollout, config), config), room=12)
@@ -3089,7 +3091,7 @@ def test_held_out_figures_are_the_saved_models():
 def test_what_fits_is_kept_whole():
     posts, path, train = toy_posts(60), workshop() / "long pairs.jsonl", workshop() / "one longer.jsonl"
     long = "Somebody likes cats a lot, and then somebody likes cats a lot once more."
-    pairs = [("short", long), (long, "short"), ("one", "two"), (long, long), ("x", "y"), ("same", "same")]
+    pairs = [("short", long), (long, "short"), ("one", "two"), (long, long), ("x", "y"), ("same", "same"), ("two", "x")]
     records = [
         {"info": posts[0].fields(), "summaries": [{"text": x}, {"text": y}], "choice": 0, "batch": str(i)}
         for i, (x, y) in enumerate(pairs)
@@ -3110,10 +3112,10 @@ def test_what_fits_is_kept_whole():
         examples = impl.read_examples(run, "train", codec)
         assert len(examples) == kept and max(map(len, examples.responses)) <= limit
         (ranking,), kinds = impl.read_rankings(run, "train", codec)  # all are of one post
-        assert [kind[-1] for kind in kinds] == ["2", "4"] and ranking.pairs == [(0, 1), (2, 3)]
+        assert [kind[-1] for kind in kinds] == ["2", "4", "6"] and ranking.pairs == [(0, 1), (2, 3), (1, 2)]
         assert [codec.text(r) for r in ranking.responses] == ["one", "two", "x", "y"]
         said = " ".join(run.said)
-        assert "left out 4 of 6 train comparisons" in said and f"(the first: {posts[0].title!r})" in said
+        assert "left out 4 of 7 train comparisons" in said and f"(the first: {posts[0].title!r})" in said
         assert ("left out 1 of 60 train summaries" in said and repr(posts[7].title) in said) == (kept == 59)
 
 
@@ -4286,9 +4288,11 @@ def flags_of(config: object) -> list[str]:
     for flag, usual in all_values(type(config)()):
         if given[flag] != usual:
             value = given[flag]
-            result.append(f"--{flag}".replace("_", "-"))
-            result += map(str, value) if isinstance(value, tuple) else [str(value)]
-    return [flag for flag in result if flag != "True"]
+            section, _, name = f"--{flag}".replace("_", "-").rpartition(".")
+            result.append(f"{section}.no-{name}" if value is False else f"--{flag}".replace("_", "-"))
+            if not isinstance(value, bool):
+                result += map(str, value) if isinstance(value, tuple) else [str(value)]
+    return result
 
 
 def all_values(config: object, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -4868,6 +4872,244 @@ def test_any_post_becomes_a_query(post):
     assert 0 < len(query) <= 40 and codec.eos_id not in query and codec.tokenizer.pad_token_id not in query
     (response,) = codec.responses([post])
     assert response.count(codec.eos_id) == 1 and response[-1] == codec.eos_id
+
+
+# -----------------------------------------------------------------------------
+# one query, many responses: read once, as if each had been read alone
+
+
+def grouped_batch(sizes: tuple[int, ...] = (3, 1, 4, 2), share: bool = True):
+    """Groups of responses of unequal lengths to queries of unequal lengths."""
+    responses = some_batch(tuple((1, 1 + 5 * i % 7) for i in range(sum(sizes)))).responses
+    queries = some_batch(tuple((2 + 4 * i % 9, 1) for i in range(len(sizes))), seed=1).queries
+    return impl.Batch([query for query, n in zip(queries, sizes) for _ in range(n)], responses, share)
+
+
+SHARED = "Liu et al. 2025, Prefix Grouper, arXiv 2506.05433"
+
+
+@law(
+    "log-probabilities, values and scores are the same whether responses share their query or each reads its own copy, in "
+    "groups of any size, whatever the micro-batches, on absolute positions and on rotary ones",
+    SHARED, *ENGINE_NEEDS, "ScalarModel", "response_logprobs",
+)  # fmt: skip
+def test_a_shared_query_changes_no_logprob_value_or_score():
+    batch = grouped_batch()
+    tokens = impl.lay_out(batch).inputs["input_ids"].ne(0).sum()
+    assert tokens < 0.8 * impl.lay_out(replace(batch, share=False)).inputs["input_ids"].ne(0).sum()
+    for family in FAMILIES:
+        alone = everything_of(family, replace(batch, share=False), micro_batch_size=1)
+        for size in (32, 5, 2, 1):
+            for one, other in zip(everything_of(family, batch, micro_batch_size=size), alone):
+                close(one, other, tolerance=1e-5)
+
+
+@law(
+    "a response's numbers do not depend on which siblings share its query, nor on their order or that of the groups",
+    SHARED, *ENGINE_NEEDS, "ScalarModel",
+)  # fmt: skip
+def test_siblings_may_stand_in_any_order():
+    batch, within, groups = grouped_batch(), [2, 0, 1, 3, 7, 5, 4, 6, 9, 8], [8, 9, 3, 4, 5, 6, 7, 0, 1, 2]
+    for family in FAMILIES:
+        before = everything_of(family, batch)
+        for rows in (within, groups, [5, 9, 8], [1, 2]):
+            for one, other in zip(everything_of(family, batch[rows]), before):
+                other = other[rows]
+                close(one, other if other.dim() == 1 else other[:, : one.shape[1]], tolerance=1e-5)
+
+
+@law(
+    "with shared queries an update starts at a ratio of 1 and has the gradient and the statistics that it has without, the "
+    "value model's or the value head's too; so has a step of the reward model",
+    "D14, D20; " + SHARED, *STEP_NEEDS, "accumulate", "reward_losses", "Rankings",
+)  # fmt: skip
+def test_a_shared_query_changes_no_gradient():
+    def gradient(losses: Callable, minibatch: object, parameters: list[Tensor]) -> tuple[Tensor, dict]:
+        for p in parameters:
+            p.grad = None
+        totals = impl.accumulate(engine(5), minibatch, losses)
+        return torch.cat([p.grad.flatten() for p in parameters]), totals
+
+    def check_same(losses: Callable, parts: list, parameters: list[Tensor]) -> None:
+        (one, statistics), (other, others) = (gradient(losses, part, parameters) for part in parts)
+        assert other.norm() > 1e-3 and (one - other).norm() < 1e-5 * other.norm()
+        for name, value in others.items():
+            assert statistics[name].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+
+    for family, head in itertools.product(FAMILIES, (False, True)):
+        models, config = tiny_models(family, head), impl.PPO(temperature=0.7)
+        queries = grouped_batch().queries
+        rollouts = [tiny_rollout(models, config, 5, queries=queries, share=share) for share in (True, False)]
+        assert rollouts[0].batch.responses == rollouts[1].batch.responses
+        for part in (rollouts[0], rollouts[0][[3, 4, 5, 6, 7]]):
+            shares = impl.ppo_losses(models, config, part, part)
+            assert shares["policy/approxkl"] <= 1e-8 and shares["policy/abs_log_ratio"] <= 1e-4
+        rollouts[0] = replace(rollouts[1], batch=rollouts[0].batch)  # the same numbers, to the last bit
+        move_away(models)
+        check_same(partial(impl.ppo_losses, models, config), rollouts, parameters_of(models))
+    scalar = tiny_scalar("neox")
+    rankings = [some_rankings(share=share) for share in (True, False)]
+    check_same(partial(impl.reward_losses, scalar), rankings, list(scalar.classifier.parameters()))
+
+
+@law(
+    "each distinct query is sampled from once, and samples are the same as where every response reads its own copy",
+    "D25; " + SHARED, "sample", "Engine", "Batch",
+)  # fmt: skip
+def test_a_shared_query_changes_no_sample():
+    queries, numbers_ = grouped_batch().queries, uniforms(10, 9)
+    for family, size in itertools.product(FAMILIES, (32, 5, 3)):
+        policy = tiny_policy(family, scale=0.2)
+        plain = impl.sample(policy, queries, numbers_, 0.7, EOS, engine())
+        with watching("head_at") as calls:
+            shared = impl.sample(policy, queries, numbers_, 0.7, EOS, engine(sample_batch_size=size), share=True)
+        assert shared == plain and len({tuple(response) for response in plain}) > 8
+        if size == 32:
+            rows = [len(args[1]) for args, _ in calls["head_at"]]
+            assert rows[0] == 4 and rows[1:] == [10] * (len(rows) - 1) and len(rows) > 1
+
+
+@law(
+    "a micro-batch holds no more responses than it may; only a group larger than that is split, into as few parts as it can be; "
+    "what was compared is never split",
+    "D20; " + SHARED, "micro_batches", "Batch", "Rankings",
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=5), size=st.integers(1, 7),
+)  # fmt: skip
+def test_groups_are_split_only_where_they_must_be(sizes, size):
+    queries = [[i] for i, n in enumerate(sizes) for _ in range(n)]
+    responses = [[0] * (1 + 3 * i % 5) for i in range(len(queries))]
+    for share in (True, False):
+        parts = impl.micro_batches(impl.Batch(queries, responses, share), size)
+        assert sorted(itertools.chain(*parts)) == list(range(len(queries))) and max(map(len, parts)) <= size
+        for i, n in enumerate(sizes) if share else ():
+            held = [sum(queries[row] == [i] for row in part) for part in parts]
+            assert sum(map(bool, held)) == math.ceil(n / size)
+    rankings = impl.Rankings([impl.Ranking([i], [[0]] * (n + 1), [(0, n)]) for i, n in enumerate(sizes)])
+    parts = impl.micro_batches(rankings, size)
+    assert sorted(itertools.chain(*parts)) == list(range(len(sizes)))
+    assert all(sum(sizes[i] + 1 for i in part) <= size for part in parts if len(part) > 1)
+
+
+def tiny_stranger(family: str):
+    """A decoder that reads several responses in one row otherwise than alone: ALiBi, a state, a short window."""
+    import transformers as hf
+
+    common = {"vocab_size": VOCAB, "eos_token_id": EOS, "bos_token_id": EOS, "pad_token_id": 0, "hidden_size": 16}
+    config = {
+        "bloom": lambda: hf.BloomConfig(n_layer=2, n_head=2, **common),
+        "mamba": lambda: hf.MambaConfig(num_hidden_layers=2, state_size=4, **common),
+        "mistral": lambda: hf.MistralConfig(
+            num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32, sliding_window=6, **common,
+        ),
+    }[family]()  # fmt: skip
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        model = hf.AutoModelForCausalLM.from_config(config).eval()
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.3)
+    return model
+
+
+@law(
+    "which models may share a query is found out by trying the longest: GPT-2, GPT-NeoX, Llama, and Mistral while its window "
+    "holds a whole row may; BLOOM (ALiBi), Mamba and Mistral with a shorter window may not; a value head does as its policy",
+    SHARED, "shares_queries", "ValueHead", "ScalarModel",
+)  # fmt: skip
+def test_models_that_cannot_share_are_found_out():
+    data, queries = (
+        impl.Data(response_tokens=4, comparison_tokens=5),
+        [[1], [3, 1, 4], [2, 7, 1, 8, 2, 8], [6, 5, 3, 5]],
+    )
+    for family in FAMILIES:
+        assert impl.shares_queries(tiny_policy(family), queries, data) and impl.shares_queries(
+            tiny_scalar(family), queries, data
+        )
+        assert impl.shares_queries(tiny_policy(family), queries[:1], data)
+    for family in ("bloom", "mamba", "mistral"):
+        assert not impl.shares_queries(tiny_stranger(family), queries, data), family
+    shorter = replace(data, response_tokens=2, comparison_tokens=2)
+    assert impl.shares_queries(tiny_stranger("mistral"), queries[:2], shorter), "a window of six holds 3 + 2 tokens"
+    assert not impl.shares_queries(tiny_stranger("mistral"), queries, shorter), "but not 6 + 2"
+    assert impl.shares_queries(impl.ValueHead(16), queries, data)
+
+
+@law(
+    "a model that cannot share a query is used without: the run says so, once, and gives what --compute.no-share-queries gives",
+    "README: Speed", *RUN_NEEDS, "shares_queries", "Run",
+)  # fmt: skip
+def test_a_model_that_cannot_share_is_used_without():
+    tokenizer, folder = impl.load_tokenizer(finished_run() / "sft"), workshop() / "bloom"
+    model = type(policy := tiny_stranger("bloom"))(type(policy.config)(**policy.config.to_dict() | {
+        "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None,
+    }))  # fmt: skip
+    impl.save_model(model, model.state_dict(), tokenizer, folder)
+    config = stage_config("cannot share", "reward", "ppo", sft_model=str(folder))
+    config = replace(config, ppo=replace(config.ppo, total_episodes=32, responses_per_query=4, sample_every=9))
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl.Run, "say", lambda run, text: said.append(text))
+        found_out = impl.start(config)
+        assert sum("cannot share a query" in text for text in said) == 2, "a policy and a scalar model"
+        said.clear()
+        compute = replace(config.compute, share_queries=False)
+        told = impl.start(replace(config, folder=config.folder.with_name("may not share"), compute=compute))
+    assert not any("cannot share" in text for text in said)
+    assert metrics_of(found_out) == metrics_of(told)
+
+
+@law(
+    "with several responses per query a batch is whole groups of neighbours, each with its own noise; minibatches are made of "
+    "whole groups, hold every rollout once per epoch and come in a new order; the first ratio is 1",
+    "D14, D19; README: responses per query", *RUN_NEEDS, "ppo", "sample", "optimizer_step", "minibatches",
+)  # fmt: skip
+def test_minibatches_are_whole_groups():
+    config = stage_config("groups", "ppo")
+    config = replace(config, ppo=replace(config.ppo, total_episodes=32, responses_per_query=4, sample_every=9))
+    calls = watched(config, "sample", "optimizer_step")
+    drawn = [(args, responses) for args, responses in calls["sample"] if len(args[1]) == 16]
+    assert len(drawn) == 2
+    asked = [tuple(query) for args, _ in drawn for query in args[1]]
+    assert len(set(asked)) == 8 and all(asked[i] == asked[i - i % 4] for i in range(32))
+    for i, (args, responses) in enumerate(drawn):
+        assert args[2].equal(impl.noise(1, "episodes", range(16 * i, 16 * i + 16), 16)) and args[6] is True
+        rows = sorted(zip(args[1], responses))
+        steps = [args[2].batch for args, _ in calls["optimizer_step"][4 * i : 4 * i + 4]]
+        for step in steps:
+            assert len(step) == 8 and all(step.queries[j] == step.queries[j - j % 4] for j in range(8))
+        for epoch in (steps[:2], steps[2:]):
+            assert sorted(row for step in epoch for row in zip(step.queries, step.responses)) == rows
+    for record in metrics_of(config.folder):
+        assert record["policy/first_approxkl"] <= 1e-8 and record["policy/first_abs_log_ratio"] <= 1e-4
+    ppo = impl.PPO(batch_size=24, num_minibatches=2, responses_per_query=4)
+    epochs = [impl.minibatches(1, update, epoch, ppo) for update, epoch in itertools.product(range(2), range(2))]
+    assert len({tuple(map(tuple, epoch)) for epoch in epochs}) == 4
+    for epoch in epochs:
+        assert sorted(itertools.chain(*epoch)) == list(range(24)) and list(map(len, epoch)) == [12, 12]
+        assert all(rows[j] == rows[j - j % 4] + j % 4 and rows[j - j % 4] % 4 == 0 for rows in epoch for j in range(12))
+
+
+@law(
+    "--compute.share-queries changes no text and no metric but by rounding, and when it is off no row is shared",
+    "README: Speed", *RUN_NEEDS, "lay_out",
+)  # fmt: skip
+def test_sharing_changes_a_run_by_rounding_alone():
+    folders, shared = [], []
+    for share in (True, False):
+        config = stage_config(f"share {share}", "compare", "reward", "ppo", compute=impl.Compute(share_queries=share))
+        config = replace(config, ppo=replace(config.ppo, responses_per_query=4, sample_every=9))
+        config = replace(config, compare=impl.Compare(samples=3, posts=40))
+        layouts = [layout for _, layout in watched(config, "lay_out")["lay_out"]]
+        shared.append(sum(len(layout.inputs) > 1 for layout in layouts) / len(layouts))
+        folders.append(config.folder)
+    assert shared[0] > 0.5 and shared[1] == 0
+    one, other = (folder / "data" / "comparisons_train.jsonl" for folder in folders)
+    assert one.read_text() == other.read_text()
+    for expected, found in zip(*map(metrics_of, folders), strict=True):
+        assert expected.pop("stage") == found.pop("stage")
+        for name in [name for name in expected if "accuracy" in name]:  # rounding decides a tie
+            assert found.pop(name) == pytest.approx(expected.pop(name), abs=0.07)
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 # -----------------------------------------------------------------------------
