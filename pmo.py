@@ -680,7 +680,7 @@ def step_statistics(steps: list[dict[str, float]]) -> dict[str, float]:
 def bad_signs(history: list[dict[str, float]]) -> Iterator[str]:
     """What the statistics of the updates so far warn of."""
     last, quarter = history[-1], len(history) // 4
-    if last["policy/first_abs_log_ratio"] > 0.02:
+    if last["policy/first_abs_log_ratio"] > 0.02 and "policy/halvings" not in last:  # a natural step comes before it
         yield "the first ratio of a batch is not 1: old log-probabilities do not come from the same computation [D14]"
     if last["val/eos_rate"] < 0.5:
         yield "fewer than half of the responses end: raise --data.response-tokens or lower --ppo.missing-eos-score"
