@@ -2343,6 +2343,7 @@ class Config:
         small = f"{episodes} less than one batch, --ppo.batch-size {ppo.batch_size}"
         refuse(ppo.total_episodes < ppo.batch_size, small)
         refuse(ppo.baseline == "group" and G == 1, "--ppo.baseline group needs --ppo.responses-per-query 2 or more")
+        refuse(ppo.baseline == "batch" and ppo.batch_size == 1, "--ppo.baseline batch needs --ppo.batch-size 2 or more")
         plain = ppo.baseline == "value-model" and ppo.kl_in == "reward" and not ppo.ptx_coef and not self.compute.shard
         needs = "--ppo.baseline value-model, --ppo.kl-in reward, no --ppo.ptx-coef and no --compute.shard"
         refuse(ppo.objective == "constraint" and not plain, f"--ppo.objective constraint needs {needs}")
