@@ -2349,6 +2349,8 @@ class Config:
         refuse(ppo.objective == "constraint" and not plain, f"--ppo.objective constraint needs {needs}")
         both = ppo.reward_function is not None and self.reward_model is not None
         refuse(both, "--ppo.reward-function stands in for the reward model, but --reward-model is given too")
+        again = self.compare.policy == "ppo" and not self.from_run
+        refuse(again, "--compare.policy ppo needs --from-run, a run whose policy and comparisons there are")
         refuse(len(self.sweep) == 1, f"--sweep {' '.join(self.sweep)}: a flag needs values")
         self.check_stages()
 
