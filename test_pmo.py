@@ -2652,7 +2652,11 @@ def test_samples_of_a_post_are_independent():
 )  # fmt: skip
 def test_the_four_models_start_where_they_should():
     folder = finished_run()
-    run = impl.Run(stage_config("four models", "ppo"))
+    uneven, posts = workshop() / "uneven references.jsonl", toy_posts(60)
+    posts = [post._replace(summary=post.summary[: -6 * (i % 3)] or post.summary) for i, post in enumerate(posts)]
+    impl.write_records([post.fields() for post in posts], uneven)
+    config = stage_config("four models", "ppo")
+    run = impl.Run(replace(config, data=replace(config.data, train=uneven)))
     models, sft, reward = impl.load_models(run), weights_of(folder / "sft"), weights_of(folder / "reward")
     for policy in (models.policy, models.ref_policy):
         assert all(policy.state_dict()[name].equal(x) for name, x in sft.items())
@@ -5075,8 +5079,8 @@ def test_models_that_cannot_share_are_found_out():
     "README: Speed", *RUN_NEEDS, "shares_queries", "Run",
 )  # fmt: skip
 def test_a_model_that_cannot_share_is_used_without():
-    tokenizer, folder = impl.load_tokenizer(finished_run() / "sft"), workshop() / "bloom"
-    model = type(policy := tiny_stranger("bloom"))(type(policy.config)(**policy.config.to_dict() | {
+    tokenizer, folder = impl.load_tokenizer(finished_run() / "sft"), workshop() / "mistral"
+    model = type(policy := tiny_stranger("mistral"))(type(policy.config)(**policy.config.to_dict() | {
         "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None, "pad_token_id": None,
     }))  # fmt: skip
     impl.save_model(model, model.state_dict(), tokenizer, folder)
@@ -5364,6 +5368,33 @@ def test_a_natural_step_stays_within_the_trust_region():
 
 
 @law(
+    "whatever direction it is given, a step is taken only if it gains, and halved until the KL is within δ",
+    "[6] appendix C: the line search, on both conditions", *STEP_NEEDS, "natural_step", "update_kl", "conjugate_gradients",
+)  # fmt: skip
+def test_the_line_search_holds_to_both_conditions():
+    found, config = [], impl.PPO(objective="constraint", target_kl=0.05)
+    for seed in range(12):
+        models = tiny_models("neox")
+        rollout, start = tiny_rollout(models, config), [p.clone() for p in models.policy.parameters()]
+        generator = torch.Generator().manual_seed(seed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                impl, "conjugate_gradients", lambda product, b: 0.1 * torch.randn(len(b), generator=generator)
+            )
+            told = impl.natural_step(models.policy, rollout, config, engine())
+        with torch.no_grad():
+            new = impl.response_logprobs(models.policy, impl.lay_out(rollout.batch), config.temperature)
+        ratio = (new - rollout.logprobs)[rollout.mask].exp()
+        A, kl = rollout.advantages[rollout.mask], (ratio - 1 - ratio.log()).mean().item()
+        assert told["policy/surrogate_gain"] == pytest.approx((ratio * A - A).mean().item(), abs=1e-5)
+        assert kl <= 0.05001
+        stayed = all(p.equal(before) for p, before in zip(models.policy.parameters(), start))
+        assert told["policy/surrogate_gain"] > 0 or stayed
+        found.append(told["policy/halvings"])
+    assert 0 in found and 10 in found and set(found) & {1, 2, 3}, "the example should hold steps of every kind"
+
+
+@law(
     "objectives are what they are called: ρA unclipped; less β times KL(π_old ‖ π), fixed or adapted; clipped; a constraint's "
     "own gradient is the unclipped one, and no optimizer moves its policy",
     "[1] eq. 6 to 8 and section 4; [6]", *STEP_NEEDS,
@@ -5481,7 +5512,14 @@ def test_every_member_of_the_family_runs():
         config = family_config(name, **changes)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(impl.Run, "say", lambda run, text: said.append(text))
-            ((_, models),) = watched(config, "load_models")["load_models"]
+            calls = watched(config, "load_models", "optimizer_step")
+        ((_, models),) = calls["load_models"]
+        shown = [args[2].shown for args, _ in calls["optimizer_step"]]
+        if name == "ptx":  # as many as episodes, and in 48 of 60 none twice, but in every epoch
+            texts = Counter(tuple(query) for part in shown for query in part.queries)
+            assert len(texts) == 48 and set(texts.values()) == {2}
+        else:
+            assert shown == [None] * 12
         updates = [record for record in metrics_of(config.folder) if record["stage"] == "ppo"]
         assert len(updates) == 3 and (config.folder / "eval.json").exists()
         learned = config.ppo.baseline in ("value-model", "value-head")
@@ -5509,14 +5547,8 @@ def test_another_reference_may_be_given():
     assert all(models.ref_policy.state_dict()[name].equal(weight) for name, weight in base.items())
     assert not any(p.requires_grad for p in models.ref_policy.parameters())
     assert metrics_of(config.folder)[0]["objective/kl"] > 0.01
-    stranger = workshop() / "another reference"
-    tokenizer = tiny_tokenizer()
-    impl.save_model(
-        tiny_policy("neox", vocab=len(tokenizer)),
-        tiny_policy("neox", vocab=len(tokenizer)).state_dict(),
-        tokenizer,
-        stranger,
-    )
+    stranger, other = workshop() / "another reference", tiny_policy("neox", vocab=500)
+    impl.save_model(other, other.state_dict(), tiny_tokenizer(), stranger)
     config = family_config("no reference", ref_model=str(stranger), total_episodes=16)
     assert "different tokenizers" in config_error(lambda: impl.start(config))
 
@@ -5985,7 +6017,7 @@ MUTANTS = [
     Mutant("a response does not see its query", "test_a_shared_query_changes_no_logprob_value_or_score", "seen = (owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])", "seen = owner[:, None] == owner[:, :, None]"),
     Mutant("the query sees its responses", "test_a_shared_query_changes_no_logprob_value_or_score", "seen & torch.ones(W, W, dtype=torch.bool, device=device).tril()", "seen | (owner[:, :, None] == 0)"),
     Mutant("a response sees what follows", "test_a_shared_query_changes_no_logprob_value_or_score", "device=device).tril()", "device=device)"),
-    Mutant("the last token sees the padding behind it", "test_a_shared_query_changes_no_logprob_value_or_score", "filler=-1)\n        seen = (owner[:, None] == 0)", "filler=0)\n        owner[:, 0] = 0\n        seen = torch.zeros(1, W, W, dtype=torch.bool, device=device).triu(1) | (pad_right(owners, device, filler=-1)[:, None] <= 0)"),
+    Mutant("everything sees the padding behind it", "test_a_shared_query_changes_no_logprob_value_or_score", "dtype=torch.bool, device=device).tril()", "dtype=torch.bool, device=device).tril() | (owner[:, None] < 0)"),
     Mutant("positions run on through the row", "test_a_shared_query_changes_no_logprob_value_or_score", "positions[r] += range(len(query), len(query) + len(response))", "positions[r] += range(len(tokens[r]) - len(response), len(tokens[r]))"),
     Mutant("positions skip the query's last", "test_a_shared_query_changes_no_logprob_value_or_score", "positions[r] += range(len(query), len(query)", "positions[r] += range(len(query) + 1, 1 + len(query)"),
     Mutant("a first token is read behind its sibling", "test_a_shared_query_changes_no_logprob_value_or_score", "index = torch.cat([before, index[:, 1:]], dim=1)", "index = index"),
@@ -6026,8 +6058,8 @@ MUTANTS = [
     Mutant("every update pays the first price", "test_every_member_of_the_family_runs", "        config = config.after(history[-1:])\n", ""),
     Mutant("conjugate gradients descend straight", "test_conjugate_gradients_solve_n_equations_in_n_steps", "direction = residual + (residual @ residual) / (before @ before) * direction", "direction = residual"),
     Mutant("the step is that for half of δ", "test_a_natural_step_stays_within_the_trust_region", "(2 * config.target_kl / (x", "(config.target_kl / (x"),
-    Mutant("the line search forgets the KL", "test_a_natural_step_stays_within_the_trust_region", "if gain > 0 and update_kl(policy, rollout, config.temperature, engine) <= config.target_kl:", "if gain > 0:"),
-    Mutant("the line search forgets the gain", "test_a_natural_step_stays_within_the_trust_region", "if gain > 0 and update_kl", "if update_kl"),
+    Mutant("the line search forgets the KL", "test_the_line_search_holds_to_both_conditions", "if gain > 0 and update_kl(policy, rollout, config.temperature, engine) <= config.target_kl:", "if gain > 0:"),
+    Mutant("the line search forgets the gain", "test_the_line_search_holds_to_both_conditions", "if gain > 0 and update_kl", "if update_kl"),
     Mutant("differences are not divided by their step", "test_a_natural_step_stays_within_the_trust_region", "start + h * v)[1] / h", "start + h * v)[1]"),
     Mutant("the natural step descends", "test_a_natural_step_stays_within_the_trust_region", "conjugate_gradients(fisher, -gradient)", "conjugate_gradients(fisher, gradient)"),
     Mutant("a step in vain is kept", "test_a_natural_step_stays_within_the_trust_region", '    set_parameters(parameters, start)\n    return {"policy/halvings": 10', '    return {"policy/halvings": 10'),
