@@ -684,7 +684,7 @@ def step_statistics(steps: list[dict[str, float]]) -> dict[str, float]:
 def bad_signs(history: list[dict[str, float]]) -> Iterator[str]:
     """What the statistics of the updates so far warn of."""
     last, quarter = history[-1], len(history) // 4
-    if last["policy/first_abs_log_ratio"] > 0.02:
+    if last["policy/first_abs_log_ratio"] > 0.02 and "policy/halvings" not in last:  # a natural step comes before it
         yield "the first ratio of a batch is not 1: old log-probabilities do not come from the same computation [D14]"
     if last["val/eos_rate"] < 0.5:
         yield "fewer than half of the responses end: raise --data.response-tokens or lower --ppo.missing-eos-score"
@@ -2337,11 +2337,14 @@ class Config:
         small = f"{episodes} less than one batch, --ppo.batch-size {ppo.batch_size}"
         refuse(ppo.total_episodes < ppo.batch_size, small)
         refuse(ppo.baseline == "group" and G == 1, "--ppo.baseline group needs --ppo.responses-per-query 2 or more")
+        refuse(ppo.baseline == "batch" and ppo.batch_size == 1, "--ppo.baseline batch needs --ppo.batch-size 2 or more")
         plain = ppo.baseline == "value-model" and ppo.kl_in == "reward" and not ppo.ptx_coef and not self.compute.shard
         needs = "--ppo.baseline value-model, --ppo.kl-in reward, no --ppo.ptx-coef and no --compute.shard"
         refuse(ppo.objective == "constraint" and not plain, f"--ppo.objective constraint needs {needs}")
         both = ppo.reward_function is not None and self.reward_model is not None
         refuse(both, "--ppo.reward-function stands in for the reward model, but --reward-model is given too")
+        again = self.compare.policy == "ppo" and not self.from_run
+        refuse(again, "--compare.policy ppo needs --from-run, a run whose policy and comparisons there are")
         refuse(len(self.sweep) == 1, f"--sweep {' '.join(self.sweep)}: a flag needs values")
         self.check_stages()
 
