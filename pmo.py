@@ -1055,7 +1055,7 @@ def head_at(policy: PreTrainedModel, row: Tensor, index: Tensor) -> Iterator[lis
     try:
         yield entered
     finally:
-        head.forward = forward
+        del head.forward  # the class's is back
 
 
 def response_logits(policy: PreTrainedModel, layout: Layout) -> tuple[Tensor, Tensor]:  # (B, T, V), (B, T, D)
