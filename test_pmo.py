@@ -4925,6 +4925,17 @@ def gpu(test):
     return run
 
 
+def smallest_config(compute, name: str = "smallest"):
+    """Every stage, a few steps each."""
+    tiny = tiny_config(name, compute=compute)
+    return replace(
+        tiny, data=replace(tiny.data, response_tokens=9, comparison_tokens=50), sft=impl.SFT(epochs=0.3),
+        pretrain=replace(tiny.pretrain, epochs=0.3, layers=1), compare=impl.Compare(posts=12),
+        reward=impl.Reward(epochs=0.3, pretraining_pairs=8), evaluate=impl.Evaluate(posts=3),
+        ppo=impl.PPO(total_episodes=16, batch_size=8, num_minibatches=2, num_ppo_epochs=1, sample_every=1),
+    )  # fmt: skip
+
+
 @law(
     "on a GPU that is not there tensors meet only their own kind, but for scalars and indices, as on one that is",
     "PyTorch's rules; else the next law would prove nothing", "Engine",
@@ -4949,19 +4960,13 @@ def test_the_gpu_that_is_not_there_refuses_what_a_gpu_refuses():
 
 
 @law(
-    "a run on a GPU that is not there has the metrics, samples, evaluation and weights of the CPU's, bit by bit, and whatever "
-    "processes would add up lies on the GPU",
+    "a run on a GPU that is not there has the metrics, samples, evaluation and weights of the CPU's, bit by bit; what processes "
+    "would add up lies on the GPU, and no gradients lie there while it samples",
     "D25; README: GPU", *RUN_NEEDS, "Engine",
 )  # fmt: skip
 def test_a_run_is_the_same_on_a_gpu_that_is_not_there():
     rules()
-    small = tiny_config("small", compute=impl.Compute(precision="float32", micro_batch_size=5, checkpoint_minutes=0.0))
-    small = replace(
-        small, data=replace(small.data, response_tokens=9, comparison_tokens=50), sft=impl.SFT(epochs=0.3),
-        pretrain=replace(small.pretrain, epochs=0.3, layers=1), compare=impl.Compare(posts=12),
-        reward=impl.Reward(epochs=0.3, pretraining_pairs=8), evaluate=impl.Evaluate(posts=3),
-        ppo=impl.PPO(total_episodes=16, batch_size=8, num_minibatches=2, num_ppo_epochs=1, sample_every=1),
-    )  # fmt: skip
+    small = smallest_config(impl.Compute(precision="float32", micro_batch_size=5, checkpoint_minutes=0.0))
     rule = replace(small.ppo, reward_function="toy_rules:names_it", total_episodes=8)
     shared = replace(rule, kl_in="loss", average="sequence", whiten_rewards=True, baseline="value-head", ptx_coef=0.1)
     natural = replace(rule, objective="constraint", num_minibatches=1)
@@ -4982,18 +4987,25 @@ def test_a_run_is_the_same_on_a_gpu_that_is_not_there():
             parameter.data = parameter.data.clone()
         return place(machine, model)
 
+    def roomy(policy, *args: object, sample=impl.sample) -> list[list[int]]:
+        assert all(parameter.grad is None for parameter in policy.parameters())
+        return sample(policy, *args)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workshop())
+        patch.setattr(impl, "sample", roomy)
         patch.setattr(impl.Engine, "all_reduce", checked)
         patch.setattr(impl.Engine, "place", moved)
         with a_gpu():
             there = all_runs("cuda")
         here = all_runs("cpu")
     for one, other in zip(there, here):
-        assert metrics_of(one) == metrics_of(other) and len(metrics_of(one)) > 1
+        assert metrics_of(one) == metrics_of(other) != []
         assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
         for name in ("samples.jsonl", "eval.json", "eval.jsonl"):
-            assert not (one / name).exists() or (one / name).read_text() == (other / name).read_text(), f"{one.name}: {name}"
+            assert not (one / name).exists() or (one / name).read_text() == (other / name).read_text(), (
+                f"{one.name}: {name}"
+            )
         for model in (path.name for path in one.iterdir() if (path / "model.safetensors").exists()):
             for name, weight in weights_of(one / model).items():
                 assert weight.equal(weights_of(other / model)[name]), f"{one.name}: {model}: {name}"
@@ -5005,8 +5017,7 @@ def test_a_run_is_the_same_on_a_gpu_that_is_not_there():
     "D14, D21", *RUN_NEEDS,
 )  # fmt: skip
 def test_a_run_on_the_gpu_in_bfloat16():
-    small = {"pretrain": replace(tiny_config("x").pretrain, epochs=1.0), "sft": impl.SFT(epochs=1.0)}
-    folder = finished_run("cuda", compute=impl.Compute(device="cuda", precision="bfloat16"), **small)
+    folder = impl.start(smallest_config(impl.Compute(device="cuda", precision="bfloat16", micro_batch_size=5), "cuda"))
     updates = [record for record in metrics_of(folder) if record["stage"] == "ppo"]
     assert updates and all(record["policy/first_abs_log_ratio"] <= 0.02 for record in updates)
     assert {x.dtype for x in weights_of(folder / "ppo").values()} == {torch.float32}
@@ -5412,6 +5423,34 @@ MUTANTS = [
     Mutant("advantages are never whitened", "test_ppo_whitens_advantages_over_the_batch", "    if config.whiten_advantages:\n", "    if False:\n"),
     Mutant("the reward model is not centred", "test_the_reward_model_of_a_run_is_centred", "    model.center(scores_of(model, summaries, engine).mean().item())\n", ""),
     Mutant("runs overwrite each other", "test_runs_never_share_a_folder", "folder.mkdir(parents=True)\n", "folder.mkdir(parents=True, exist_ok=True)\n"),
+    # on a GPU
+    Mutant("masks are made on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "torch.arange(T, device=lengths.device) < lengths[:, None]", "torch.arange(T) < lengths[:, None]"),
+    Mutant("tokens are laid out on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "return torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=device)", "return torch.tensor([row + [filler] * (width - len(row)) for row in rows])"),
+    Mutant("the shared rows' mask is made on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "torch.ones(W, W, dtype=torch.bool, device=device).tril()", "torch.ones(W, W, dtype=torch.bool).tril()"),
+    Mutant("the last token of queries is looked up on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "for query in batch.queries], device=device)\n    row, start", "for query in batch.queries])\n    row, start"),
+    Mutant("the noise stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "uniforms, written, cache = uniforms.to(device), [], None", "uniforms, written, cache = uniforms, [], None"),
+    Mutant("the noise is looked up on the GPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "batch[rows], uniforms[rows], temperature", "batch[rows], uniforms[torch.tensor(rows, device=engine.device)], temperature"),
+    Mutant("what has ended is noted on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=device)", "ended = torch.zeros(len(batch), 1, dtype=torch.bool)"),
+    Mutant("rollouts' lengths stay on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "[len(response) for response in batch.responses], device=engine.device)", "[len(response) for response in batch.responses])"),
+    Mutant("rollouts' ends stay on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "response[-1] == eos_id for response in batch.responses], device=engine.device)", "response[-1] == eos_id for response in batch.responses])"),
+    Mutant("results of forward passes are gathered on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "part.new_zeros((len(batch), T)[: part.dim()])", "torch.zeros((len(batch), T)[: part.dim()])"),
+    Mutant("a rule's scores stay on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "torch.tensor(scores, dtype=torch.float32, device=engine.device)", "torch.tensor(scores, dtype=torch.float32)"),
+    Mutant("the reference stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "place(load_policy(config.ref_model or sft_folder).requires_grad_(False))", "load_policy(config.ref_model or sft_folder).requires_grad_(False)"),
+    Mutant("the reward model stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "run.engine.place(ScalarModel.load(folder).requires_grad_(False))", "ScalarModel.load(folder).requires_grad_(False)"),
+    Mutant("the value head stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "place(ValueHead(policy.get_output_embeddings().weight.shape[1]))", "ValueHead(policy.get_output_embeddings().weight.shape[1])"),
+    Mutant("a new value model stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "        value_model = place(value_model)\n", ""),
+    Mutant("SFT counts query tokens on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "for query in part.queries], device=model.device)", "for query in part.queries])"),
+    Mutant("pairs are weighed on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "weights = torch.tensor(weights, device=scores.device)", "weights = torch.tensor(weights)"),
+    Mutant("the evaluation asks a GPU for numpy", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "torch.as_tensor(x).cpu().double()", "torch.as_tensor(x).double()"),
+    Mutant("the evaluation's KL asks a GPU for numpy", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "map_rows(batch, engine, log_ratio)[0].sum(1).cpu().double().numpy()", "map_rows(batch, engine, log_ratio)[0].sum(1).double().numpy()"),
+    Mutant("GAE starts on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "next_value = next_advantage = torch.zeros_like(values[:, 0])", "next_value = next_advantage = torch.zeros(len(values))"),
+    Mutant("the head rounds to eight bits", "test_the_head_computes_in_float32", "            return forward(_at_least_float32(entered[-1]))", "            pass\n        return forward(_at_least_float32(entered[-1]))"),
+    Mutant("the head never comes back", "test_the_head_computes_in_float32", "        del head.forward  # the class's is back\n", "        pass\n"),
+    Mutant("keys stay wide in the cache", "test_the_cache_is_compact_and_samples_the_same", "        if not written:\n            compact(cache)\n", ""),
+    Mutant("only the query's keys are compact", "test_the_cache_is_compact_and_samples_the_same", "update(keys.to(values.dtype), values,", "update(keys, values,"),
+    Mutant("float32 means TF32", "test_float32_means_float32_on_a_gpu", '"high" if bfloat16 and device.type == "cuda" else "highest"', '"high" if device.type == "cuda" else "highest"'),
+    Mutant("bfloat16 is emulated on old cards", "test_float32_means_float32_on_a_gpu", "is_bf16_supported(including_emulation=False)", "is_bf16_supported()"),
+    Mutant("gradients lie beside the sampler's cache", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "        optimizer.zero_grad()  # the gradients' memory is for what the next update samples\n", ""),
 ]  # fmt: skip
 
 
