@@ -90,7 +90,7 @@ from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 # transformers and tokenizers are imported where they are used: `--help`, and copying the maths, need neither.
 
@@ -1039,19 +1039,23 @@ def head_at(policy: PreTrainedModel, row: Tensor, index: Tensor) -> Iterator[lis
     its input (B, T, D).
 
     The head is the widest layer, and most positions are query. Selecting where the hidden states enter it, rather
-    than calling it ourselves, keeps whatever else the model does to its logits (scaling, soft-capping).
+    than calling it ourselves, keeps whatever else the model does to its logits (scaling, soft-capping). It computes in
+    float32: bfloat16 logits lie 1/8 apart at 16, which ties the best two now and then, and moves ratios by steps.
     """
     entered: list[Tensor] = []
+    head = policy.get_output_embeddings()
+    forward = head.forward
 
-    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        entered.append(args[0][row, index])
-        return (entered[-1], *args[1:])
+    def selected(hidden: Tensor) -> Tensor:
+        entered.append(hidden[row, index])
+        with torch.autocast(hidden.device.type, enabled=False):
+            return forward(_at_least_float32(entered[-1]))
 
-    hook = policy.get_output_embeddings().register_forward_pre_hook(select)
+    head.forward = selected
     try:
         yield entered
     finally:
-        hook.remove()
+        del head.forward  # the class's is back
 
 
 def response_logits(policy: PreTrainedModel, layout: Layout) -> tuple[Tensor, Tensor]:  # (B, T, V), (B, T, D)
@@ -1176,6 +1180,8 @@ def sample_block(
             inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": positions}
             output = policy(**inputs, **{cache_name: cache}, use_cache=True)
         cache, logits = output[cache_name], output.logits[:, -1]
+        if not written:
+            compact(cache)
         if len(groups) < len(batch) and not written:  # from a row for each query to a row for each response
             of = torch.tensor([r for r, group in enumerate(groups) for _ in group], device=device)
             cache.batch_select_indices(of)
@@ -1194,6 +1200,19 @@ def sample_block(
     responses = torch.cat(written, dim=1)
     lengths = response_mask(responses, eos_id).sum(1).tolist()
     return [response[:length] for response, length in zip(responses.tolist(), lengths)]
+
+
+def compact(cache: Cache) -> None:
+    """From now on keys have the values' precision: rotation makes float32 of bfloat16, and attention would round them
+    again for every token. A cache that is not transformers' usual one stays as it is."""
+    from transformers import DynamicCache
+
+    if type(cache) is DynamicCache:
+        update = cache.update
+        cache.update = lambda keys, values, *rest, **more: update(keys.to(values.dtype), values, *rest, **more)
+        for layer in cache.layers:
+            if isinstance(getattr(layer, "keys", None), Tensor):
+                layer.keys = layer.keys.to(layer.values.dtype)
 
 
 def load_pretrained(auto: type, folder: str | Path, **options: object):
@@ -2260,7 +2279,8 @@ class Compute:
     """Where and in what pieces to compute. Nothing here changes results but for rounding; --resume may change all."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # CUDA if there is a GPU.
-    # Of forward passes; weights are float32 always [D21]. auto: bfloat16 on a GPU, float32 on a CPU.
+    # Of forward passes; weights are float32 always [D21]. auto: bfloat16 on a GPU that has it, else float32. bfloat16
+    # leaves heads and losses in float32, on a GPU in TF32's matrix products; float32 is float32 everywhere.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # Responses per forward and backward pass; changes memory and speed only [D20].
     micro_batch_size: int = 32
@@ -2425,9 +2445,12 @@ class Engine:
         available = torch.cuda.is_available()
         refuse(compute.device == "cuda" and not available, "--compute.device cuda: PyTorch sees no CUDA device")
         device = torch.device("cuda" if available and compute.device != "cpu" else "cpu")
-        bfloat16 = compute.precision == "bfloat16" or (compute.precision == "auto" and device.type == "cuda")
+        bfloat16 = compute.precision == "bfloat16"
+        if compute.precision == "auto" and device.type == "cuda":
+            bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        # Beside bfloat16, what is float32 may use the matrix units too: TF32 rounds factors to 11 bits.
+        torch.set_float32_matmul_precision("high" if bfloat16 and device.type == "cuda" else "highest")
         if device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = True  # what is not bfloat16 may use the matrix units too
             local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             refuse(local >= there, f"process {local} has no GPU of its own: there are {there}")
             torch.cuda.set_device(local)

@@ -5655,11 +5655,190 @@ def test_many_processes_give_the_family_of_one():
 
 # -----------------------------------------------------------------------------
 # on a GPU
+#
+# Where there is one, it is left alone but for laws that ask for it; where there is none, these are held on one that is
+# not there. That shows a tensor in the wrong place; it shows no kernel, rounding, autocast, stream or memory.
+
+from unittest import mock
+
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+CUDA, THERE_IS_A_GPU = torch.device("cuda", 0), torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def elsewhere_unless_asked(request, monkeypatch):
+    """Runs of --compute.device auto, also in other processes, stay on the CPU: its numbers are what laws are about."""
+    if is_pmo and not getattr(request.function, "asks_for_a_gpu", False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+class Away(Tensor):
+    """A tensor that says it is on a GPU and, like one there, meets only its own kind. Its numbers lie in `here`."""
+
+    device = property(lambda self: CUDA)
+    __tensor_flatten__ = lambda self: (["here"], None)  # noqa: E731, with this Module.to keeps tied weights tied
+    __tensor_unflatten__ = staticmethod(lambda inner, *_: Away(inner["here"]))
+
+    @staticmethod
+    def __new__(cls, here: Tensor):
+        layout = {"strides": here.stride(), "storage_offset": here.storage_offset(), "dtype": here.dtype}
+        self = Tensor._make_wrapper_subclass(cls, here.shape, **layout)
+        self.here = here
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, op._schema.name.removeprefix("aten::").strip("_")
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        if name.startswith(("index_put", "unsafe_index")) or name == "index":  # a GPU's tensor takes the CPU's indices
+            tensors = [args[0], *args[2:3]] if isinstance(args[0], cls) else tensors
+        strangers = [x for x in tensors if not isinstance(x, cls)]
+        if torch.Tag.pointwise in op.tags or name.startswith(("foreach", "index_put", "where", "masked_fill")):
+            strangers = [x for x in strangers if x.dim() or (x is tensors[0] and op._schema.is_mutable)]  # scalars may
+        if strangers and name != "copy":
+            pytest.fail(f"Expected all tensors to be on the same device, but {op} got one from the CPU")
+        result = op(*tree_map_only(cls, lambda x: x.here, args), **tree_map_only(cls, lambda x: x.here, kwargs))
+        return return_and_correct_aliasing(op, args, kwargs, tree_map_only(Tensor, cls, result))
+
+
+class Travel(TorchFunctionMode):
+    """What moves between devices, or makes a tensor on one."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, away = dict(kwargs or {}), bool(args) and isinstance(args[0], Away)
+        if function in (Tensor.numpy, Tensor.__array__) and away:
+            pytest.fail("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+        if function in (Tensor.tolist, Tensor.untyped_storage, Tensor.data_ptr) and away:
+            return function(args[0].here)  # the latter two only tell whether two tensors share memory
+        if function in (Tensor.cpu, Tensor.cuda):
+            function, args = Tensor.to, (args[0], function.__name__)
+        if function is Tensor.to:
+            kwargs.pop("copy", None)
+            device, dtype, *_ = torch._C._nn._parse_to(*args[1:], **kwargs)
+            x = args[0] if dtype is None else function(args[0], dtype)
+            if device is None or (device.type == "cuda") == away:
+                return x
+            return x.here.clone() if away else Away(x.detach().clone())
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda":
+            made = function(*args, **kwargs | {"device": "cpu"})
+            return made if isinstance(made, Away) else Away(made)
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def a_gpu() -> Iterator[None]:
+    """Inside, there is one. A mistake ends the test at once: no handler of pmo's may take it for something else."""
+    answers = {"is_available": True, "device_count": 1, "set_device": None, "synchronize": None, "current_device": 0}
+    answers |= {"get_device_name": "none", "max_memory_allocated": 0, "is_current_stream_capturing": False}
+    answers |= {"is_bf16_supported": True, "get_rng_state": None, "set_rng_state": None}
+    with contextlib.ExitStack() as stack, Travel():
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer, **__: answer))
+        yield
 
 
 def gpu(test):
-    """Skipped without a GPU; nothing where pytest does not see the law anyway."""
-    return test and pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test)
+    """On this machine's GPU, or one that is not there."""
+    if not test:
+        return None  # pytest does not see the law anyway
+
+    @functools.wraps(test)
+    def run() -> None:
+        with contextlib.nullcontext() if THERE_IS_A_GPU else a_gpu():
+            test()
+
+    run.asks_for_a_gpu = True
+    return run
+
+
+def smallest_config(compute, name: str = "smallest"):
+    """Every stage, a few steps each."""
+    tiny = tiny_config(name, compute=compute)
+    return replace(
+        tiny, data=replace(tiny.data, response_tokens=9, comparison_tokens=50), sft=impl.SFT(epochs=0.3),
+        pretrain=replace(tiny.pretrain, epochs=0.3, layers=1), compare=impl.Compare(posts=12),
+        reward=impl.Reward(epochs=0.3, pretraining_pairs=8), evaluate=impl.Evaluate(posts=3),
+        ppo=impl.PPO(total_episodes=16, batch_size=8, num_minibatches=2, num_ppo_epochs=1, sample_every=1),
+    )  # fmt: skip
+
+
+@law(
+    "on a GPU that is not there tensors meet only their own kind, but for scalars and indices, as on one that is",
+    "PyTorch's rules; else the next law would prove nothing", "Engine",
+)  # fmt: skip
+def test_the_gpu_that_is_not_there_refuses_what_a_gpu_refuses():
+    with a_gpu():
+        x, here = torch.ones(3, 2, device="cuda"), torch.ones(3, 2)
+        assert x.device == CUDA and here.device.type == "cpu" and x.to("cpu").device.type == "cpu"
+        mixed = [
+            lambda: x + here, lambda: here + x, lambda: torch.cat([x, here]), lambda: x @ here.T, lambda: here[x[:, 0].long()],
+            lambda: x.masked_fill(here > 0, 0), lambda: torch.where(here > 0, x, x), lambda: here.add_(x), lambda: x.numpy(),
+            lambda: torch.nn.functional.embedding(torch.zeros(2, dtype=torch.long), x), lambda: here.scatter_add(0, x.long(), x),
+        ]  # fmt: skip
+        for mistake in mixed:
+            with pytest.raises(pytest.fail.Exception):
+                mistake()
+        assert (x + torch.tensor(1.0)).device == CUDA and x[torch.tensor([0, 2])].cpu().equal(torch.ones(2, 2))
+        assert here.copy_(x + x).equal(2 * torch.ones(3, 2)) and (x + x).tolist() == [[2.0, 2.0]] * 3
+        layer = torch.nn.Linear(2, 1).to("cuda")
+        layer(x).sum().backward()
+        assert layer.weight.device == layer.weight.grad.device == CUDA
+
+
+@law(
+    "a run on a GPU that is not there has the metrics, samples, evaluation and weights of the CPU's, bit by bit; what processes "
+    "would add up lies on the GPU, and no gradients lie there while it samples",
+    "D25; README: GPU", *RUN_NEEDS, "Engine",
+)  # fmt: skip
+def test_a_run_is_the_same_on_a_gpu_that_is_not_there():
+    rules()
+    small = smallest_config(impl.Compute(precision="float32", micro_batch_size=5, checkpoint_minutes=0.0))
+    rule = replace(small.ppo, reward_function="toy_rules:names_it", total_episodes=8)
+    shared = replace(rule, kl_in="loss", average="sequence", whiten_rewards=True, baseline="value-head", ptx_coef=0.1)
+    natural = replace(rule, objective="constraint", num_minibatches=1)
+
+    def all_runs(device: str) -> list[Path]:
+        runs, compute = workshop() / "runs", replace(small.compute, device=device)
+        whole = impl.start(replace(small, folder=runs / f"whole {device}", compute=compute))
+        quick = replace(small, from_run=(whole,), stages=("ppo",), compute=replace(compute, checkpoint_minutes=9.0))
+        others = (("shared", shared), ("natural", natural))
+        return [whole, *(impl.start(replace(quick, folder=runs / f"{name} {device}", ppo=ppo)) for name, ppo in others)]
+
+    def checked(machine, tensors):
+        assert machine.device.type == "cpu" or all(x.device == CUDA for x in tensors), "NCCL adds up GPU tensors only"
+
+    def moved(machine, model, place=impl.Engine.place):
+        """On a CPU, too, into memory of its own: products round by how the file's lay."""
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        return place(machine, model)
+
+    def roomy(policy, *args: object, sample=impl.sample) -> list[list[int]]:
+        assert all(parameter.grad is None for parameter in policy.parameters())
+        return sample(policy, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workshop())
+        patch.setattr(impl, "sample", roomy)
+        patch.setattr(impl.Engine, "all_reduce", checked)
+        patch.setattr(impl.Engine, "place", moved)
+        with a_gpu():
+            there = all_runs("cuda")
+        here = all_runs("cpu")
+    for one, other in zip(there, here):
+        assert metrics_of(one) == metrics_of(other) != []
+        assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
+        for name in ("samples.jsonl", "eval.json", "eval.jsonl"):
+            assert not (one / name).exists() or (one / name).read_text() == (other / name).read_text(), (
+                f"{one.name}: {name}"
+            )
+        for model in (path.name for path in one.iterdir() if (path / "model.safetensors").exists()):
+            for name, weight in weights_of(one / model).items():
+                assert weight.equal(weights_of(other / model)[name]), f"{one.name}: {model}: {name}"
 
 
 @gpu
@@ -5668,7 +5847,7 @@ def gpu(test):
     "D14, D21", *RUN_NEEDS,
 )  # fmt: skip
 def test_a_run_on_the_gpu_in_bfloat16():
-    folder = finished_run("cuda", compute=impl.Compute(device="cuda", precision="bfloat16"))
+    folder = impl.start(smallest_config(impl.Compute(device="cuda", precision="bfloat16", micro_batch_size=5), "cuda"))
     updates = [record for record in metrics_of(folder) if record["stage"] == "ppo"]
     assert updates and all(record["policy/first_abs_log_ratio"] <= 0.02 for record in updates)
     assert {x.dtype for x in weights_of(folder / "ppo").values()} == {torch.float32}
@@ -5683,12 +5862,76 @@ def test_gpu_and_cpu_agree():
     batch, (policy, scalar) = some_batch(), (tiny_policy("neox"), tiny_scalar("neox"))
 
     def look(device: str) -> list[Tensor]:
-        policy.to(device), scalar.to(device)
-        function = lambda x: [impl.response_logprobs(policy, x, 0.7), scalar(x), scalar.scores(x)]  # noqa: E731
-        return [x.cpu() for x in impl.map_rows(batch, engine(device=torch.device(device)), function)]
+        machine = impl.Engine.start(impl.Compute(device=device, precision="float32"))  # without TF32
+        function = lambda x: [impl.response_logprobs(policy, x, 0.7), scalar.values(x), scalar.scores(x)]  # noqa: E731
+        machine.place(policy), machine.place(scalar)
+        return [x.cpu() for x in impl.map_rows(batch, machine, function)]
 
     for cpu, cuda in zip(look("cpu"), look("cuda")):
         close(cuda, cpu, tolerance=1e-3)
+
+
+@law(
+    "auto asks for bfloat16 where the GPU has it, and TF32 comes with it alone: --compute.precision float32 means float32",
+    "README: GPU", "Engine", "Compute",
+)  # fmt: skip
+def test_float32_means_float32_on_a_gpu():
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision, native, half in (
+            ("auto", True, True), ("auto", False, False), ("bfloat16", False, True), ("float32", True, False),
+        ):  # fmt: skip
+            asked = lambda including_emulation=True, native=native: native or including_emulation  # noqa: E731
+            with a_gpu(), mock.patch.object(torch.cuda, "is_bf16_supported", asked):
+                machine = impl.Engine.start(impl.Compute(device="cuda", precision=precision))
+            assert machine.bfloat16 == half
+            assert torch.get_float32_matmul_precision() == ("high" if half else "highest"), precision
+        impl.Engine.start(impl.Compute(device="cpu", precision="bfloat16"))
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@law(
+    "in bfloat16 logits are computed in float32 from the hidden states, so that the best two do not tie; gradients reach the "
+    "head; the model is left as it was",
+    "D14, D24: logits of 16 lie 1/8 apart in bfloat16", "response_logits", *ENGINE_NEEDS, family=families,
+)  # fmt: skip
+def test_the_head_computes_in_float32(family):
+    policy, layout = tiny_policy(family), impl.lay_out(some_batch())
+    head = policy.get_output_embeddings()
+    with engine(bfloat16=True).autocast():
+        logits, hidden = impl.response_logits(policy, layout)
+        assert policy(**layout.inputs).logits.dtype == torch.bfloat16 and "forward" not in vars(head)
+    assert logits.dtype == torch.float32
+    close(logits, torch.nn.functional.linear(hidden.float(), head.weight), tolerance=1e-5)
+    logits.square().sum().backward()
+    assert head.weight.grad.abs().sum() > 0 and head.weight.grad.dtype == torch.float32
+
+
+@law(
+    "in bfloat16 the cache of keys and values is bfloat16 after the query, and the same tokens are sampled as without that, "
+    "with shared queries, too",
+    "README: memory", "sample", "compact", *ENGINE_NEEDS, family=families, share=st.booleans(),
+)  # fmt: skip
+def test_the_cache_is_compact_and_samples_the_same(family, share):
+    from transformers import DynamicCache
+
+    policy, queries = tiny_policy(family), [[1, 2, 3]] * 3 + [[4, 5, 6, 7, 8]] * 3
+    draw = lambda: impl.sample(policy, queries, uniforms(6, 9, 1), 0.7, -1, engine(bfloat16=True), share)  # noqa: E731
+    dtypes, update = [], DynamicCache.update
+
+    def watched(cache, keys, *rest, **options):
+        dtypes.append(keys.dtype)
+        return update(cache, keys, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DynamicCache, "update", watched)
+        compacted = draw()
+        layers = 2
+        assert set(dtypes[layers:]) == {torch.bfloat16} and len(dtypes) == 9 * layers
+        patch.setattr(impl, "compact", lambda cache: None)
+        assert draw() == compacted
 
 
 # -----------------------------------------------------------------------------
@@ -6094,6 +6337,34 @@ MUTANTS = [
     Mutant("a constraint goes with eight bits", "test_contradictions_are_refused_with_both_numbers", "refuse(rounded, ", "refuse(False, "),
     Mutant("minibatches may cut groups", "test_contradictions_are_refused_with_both_numbers", "refuse(size % G != 0, ", "refuse(False, "),
     Mutant("a group of one has others", "test_contradictions_are_refused_with_both_numbers", 'refuse(ppo.baseline == "group" and G == 1,', "refuse(False,"),
+    # on a GPU
+    Mutant("masks are made on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "torch.arange(T, device=lengths.device) < lengths[:, None]", "torch.arange(T) < lengths[:, None]"),
+    Mutant("tokens are laid out on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "return torch.tensor([row + [filler] * (width - len(row)) for row in rows], device=device)", "return torch.tensor([row + [filler] * (width - len(row)) for row in rows])"),
+    Mutant("the shared rows' mask is made on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "torch.ones(W, W, dtype=torch.bool, device=device).tril()", "torch.ones(W, W, dtype=torch.bool).tril()"),
+    Mutant("the last token of queries is looked up on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "for query in batch.queries], device=device)\n    row, start", "for query in batch.queries])\n    row, start"),
+    Mutant("the noise stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "uniforms, written, cache = uniforms.to(device), [], None", "uniforms, written, cache = uniforms, [], None"),
+    Mutant("the noise is looked up on the GPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "batch[rows], uniforms[rows], temperature", "batch[rows], uniforms[torch.tensor(rows, device=engine.device)], temperature"),
+    Mutant("what has ended is noted on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=device)", "ended = torch.zeros(len(batch), 1, dtype=torch.bool)"),
+    Mutant("rollouts' lengths stay on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "[len(response) for response in batch.responses], device=engine.device)", "[len(response) for response in batch.responses])"),
+    Mutant("rollouts' ends stay on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "response[-1] == eos_id for response in batch.responses], device=engine.device)", "response[-1] == eos_id for response in batch.responses])"),
+    Mutant("results of forward passes are gathered on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "part.new_zeros((len(batch), T)[: part.dim()])", "torch.zeros((len(batch), T)[: part.dim()])"),
+    Mutant("a rule's scores stay on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "torch.tensor(scores, dtype=torch.float32, device=engine.device)", "torch.tensor(scores, dtype=torch.float32)"),
+    Mutant("the reference stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "place(load_policy(config.ref_model or sft_folder).requires_grad_(False))", "load_policy(config.ref_model or sft_folder).requires_grad_(False)"),
+    Mutant("the reward model stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "run.engine.place(ScalarModel.load(folder).requires_grad_(False))", "ScalarModel.load(folder).requires_grad_(False)"),
+    Mutant("the value head stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "place(ValueHead(policy.get_output_embeddings().weight.shape[1]))", "ValueHead(policy.get_output_embeddings().weight.shape[1])"),
+    Mutant("a new value model stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "        value_model = place(value_model)\n", ""),
+    Mutant("SFT counts query tokens on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "for query in part.queries], device=model.device)", "for query in part.queries])"),
+    Mutant("pairs are weighed on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "weights = torch.tensor(weights, device=scores.device)", "weights = torch.tensor(weights)"),
+    Mutant("the evaluation asks a GPU for numpy", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "torch.as_tensor(x).cpu().double()", "torch.as_tensor(x).double()"),
+    Mutant("the evaluation's KL asks a GPU for numpy", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "map_rows(batch, engine, log_ratio)[0].sum(1).cpu().double().numpy()", "map_rows(batch, engine, log_ratio)[0].sum(1).double().numpy()"),
+    Mutant("GAE starts on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "next_value = next_advantage = torch.zeros_like(values[:, 0])", "next_value = next_advantage = torch.zeros(len(values))"),
+    Mutant("the head rounds to eight bits", "test_the_head_computes_in_float32", "            return forward(_at_least_float32(entered[-1]))", "            pass\n        return forward(_at_least_float32(entered[-1]))"),
+    Mutant("the head never comes back", "test_the_head_computes_in_float32", "        del head.forward  # the class's is back\n", "        pass\n"),
+    Mutant("keys stay wide in the cache", "test_the_cache_is_compact_and_samples_the_same", "        if not written:\n            compact(cache)\n", ""),
+    Mutant("only the query's keys are compact", "test_the_cache_is_compact_and_samples_the_same", "update(keys.to(values.dtype), values,", "update(keys, values,"),
+    Mutant("float32 means TF32", "test_float32_means_float32_on_a_gpu", '"high" if bfloat16 and device.type == "cuda" else "highest"', '"high" if device.type == "cuda" else "highest"'),
+    Mutant("bfloat16 is emulated on old cards", "test_float32_means_float32_on_a_gpu", "is_bf16_supported(including_emulation=False)", "is_bf16_supported()"),
+    Mutant("gradients lie beside the sampler's cache", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "        optimizer.zero_grad()  # the gradients' memory is for what the next update samples\n", ""),
 ]  # fmt: skip
 
 
