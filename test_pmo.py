@@ -5,7 +5,8 @@
     PMO_IMPL=my_module pytest test_pmo.py           each law by itself: a failure shows the smallest counterexample
     PMO_IMPL=trl python test_pmo.py                 TRL, torchtune or torchrl, where installed, by the adapters below
     pytest test_pmo.py                              pmo: these laws, then its own: details D1 to D25, pipeline, runs
-    python test_pmo.py race short                   time an update of pmo's against one of TRL's (README: "Speed")
+    python test_pmo.py race short                   time an update of pmo's against one of TRL's (README: "Speed");
+                                                    race tldr 4: four responses per query; race reward: that stage
 
 88 laws are about the contract and can be held against any implementation; they end at the line "copy up to here",
 and the file works alone when it ends there. The laws below that line are pmo's own.
@@ -6390,6 +6391,7 @@ HOLDS_ALONE: set[str] = set()  # laws that were seen to hold for pmo as it is, w
 def test_some_law_fails_when(mutant, monkeypatch):
     def hold(planted_: object) -> None:
         monkeypatch.setitem(globals(), "impl", planted_)
+        monkeypatch.setitem(sys.modules, planted_.__name__, planted_)  # where annotations are looked up
         if hasattr(workshop, "folder"):
             monkeypatch.delattr(workshop, "folder")  # a mutant's runs are its own
         LAWS[mutant.law].hold(examples=300, shrink=False)
@@ -6405,7 +6407,7 @@ def test_some_law_fails_when(mutant, monkeypatch):
 
 # -----------------------------------------------------------------------------
 # benchmark: where the time of a PPO update goes, and how much of the machine it uses
-# race: one PPO update of pmo's and of TRL's, in turn, on the same model, queries and settings
+# race: pmo and TRL in turn, one PPO update or one epoch of the reward model, on the same model, texts and settings
 
 
 def tokens_in(batch: object) -> int:
@@ -6545,26 +6547,87 @@ RACES = {  # layers, width, heads, vocabulary; rows, shortest and longest query,
 }
 
 
-def race(name: str, rounds: int = 3) -> None:  # noqa: PLR0915
-    """Time updates A B A B, print seconds, medians and their ratio: `python test_pmo.py race short`, in TRL's
-    environment. Queries have uniform lengths between the two given; where a mean response is given, the EOS logit is
-    raised so that responses end after about that many tokens, else none ends."""
-    import copy
+def race(name: str = "short", option: str = "", rounds: int = 3) -> None:
+    """Time pmo and TRL in turn, A B A B, in TRL's environment; print seconds, medians, their ratio and peak memory.
+
+        python test_pmo.py race tldr            an update of PPO
+        python test_pmo.py race tldr 4          the same with four responses per query: TRL gets each query four times
+        python test_pmo.py race reward tldr     one epoch of the reward model, on the same pairs
+
+    Queries have uniform lengths between the two of RACES; where a mean response is given, the EOS logit is raised so
+    that responses end after about that many tokens, else none ends."""
+    import transformers as hf
+
+    size = (option or "tldr") if name == "reward" else name
+    if size not in RACES:
+        sys.exit(f"race: {size} is none of {', '.join(RACES)}, reward")
+    hf.utils.logging.set_verbosity_error()
+    try:
+        both = contestants(size, 1 if name == "reward" else int(option or 1))
+        about, ours, theirs = reward_race(both) if name == "reward" else update_race(both)
+    except ImportError as error:
+        sys.exit(f"race: {error}; it needs trl 1.12 and its dependencies (README)")
+    seconds: dict[str, list[float]] = {"pmo": [], "TRL": []}
+    memory: dict[str, list[float]] = {"pmo": [], "TRL": []}
+    with clocks() as costs:
+        for side, run in [("pmo", ours), ("TRL", theirs)] * rounds:
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), memory_peak() as peak:
+                seconds[side].append(run())
+            memory[side].append(peak[0])
+            print(f"{side} {seconds[side][-1]:.1f} s", flush=True)
+    place = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    medians = {side: statistics.median(values) for side, values in seconds.items()}
+    ratios = [theirs / ours for ours, theirs in zip(*seconds.values())]
+    print(
+        f"{' '.join([name, option]).strip()}: {both.policy.num_parameters() / 1e6:.1f}M parameters, {about()}; {place}"
+    )
+    print(f"medians {medians['pmo']:.1f} s and {medians['TRL']:.1f} s; TRL / pmo {statistics.median(ratios):.2f}")
+    print(f"peak memory {max(memory['pmo']):.2f} GiB and {max(memory['TRL']):.2f} GiB")
+    phases = ("sampling", "forwards", "training")
+    print(", ".join(f"{phase} {costs[f'seconds/{phase}'] / rounds:.1f} s" for phase in phases))
+
+
+@contextmanager
+def memory_peak() -> Iterator[list[float]]:
+    """Yields a list that receives the most GiB in use inside: of the GPU, else of this process, looked at all the time."""
+    import ctypes
+    import gc
+    import threading
+
+    gc.collect()
+    peak, over = [0.0], threading.Event()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        yield peak
+        peak[0] = torch.cuda.max_memory_allocated() / 2**30
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what the other side freed is not this one's
+
+    def watch() -> None:
+        pages = Path("/proc/self/statm")
+        while pages.exists() and not over.wait(0.01):
+            peak[0] = max(peak[0], int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        watcher.join()
+
+
+def contestants(size: str, G: int) -> SimpleNamespace:
+    """Random models of a size of RACES, and queries: of each, G neighbours."""
     import random
-    import tempfile
 
     import transformers as hf
 
-    try:
-        from datasets import Dataset
-        from trl.experimental.ppo import PPOConfig, PPOTrainer
-    except ImportError as error:
-        sys.exit(f"race: {error}; it needs trl 1.12 and its dependencies (README)")
-    hf.utils.logging.set_verbosity_error()
-    layers, width, heads, vocabulary, rows, shortest, longest, T, mean_response = RACES[name]
-    cuda, micro = torch.cuda.is_available(), 16
-    device = torch.device("cuda" if cuda else "cpu")
-    tokenizer = tiny_tokenizer()
+    layers, width, heads, vocabulary, rows, shortest, longest, T, mean_response = RACES[size]
+    if rows % G:
+        sys.exit(f"race: {rows} rows are no groups of {G}")
+    cuda, tokenizer = torch.cuda.is_available(), tiny_tokenizer()
     tokenizer.padding_side, eos = "left", tokenizer.eos_token_id
     config = hf.GPTNeoXConfig(
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * width,
@@ -6573,7 +6636,7 @@ def race(name: str, rounds: int = 3) -> None:  # noqa: PLR0915
     torch.manual_seed(0)
     policy, scalar = hf.GPTNeoXForCausalLM(config), hf.GPTNeoXForSequenceClassification(config)
     numbers = random.Random(0)
-    lengths = [numbers.randint(shortest, longest) for _ in range(rows)]
+    lengths = [numbers.randint(shortest, longest) for _ in range(rows // G)]
     queries = [[numbers.randrange(len(tokenizer), vocabulary) for _ in range(n)] for n in lengths]
     if mean_response:
         with torch.no_grad():  # one hidden unit is always 1, and only the EOS logit reads it
@@ -6581,20 +6644,53 @@ def race(name: str, rounds: int = 3) -> None:  # noqa: PLR0915
             norm.weight[0], norm.bias[0], head[:, 0], head[eos] = 0.0, 1.0, 0.0, 0.0
             others = (policy(input_ids=torch.tensor([queries[0]])).logits[0, -1] / 0.7).logsumexp(0)
             head[eos, 0] = 0.7 * (others - math.log(mean_response))
+    device, micro = torch.device("cuda" if cuda else "cpu"), 16
+    return SimpleNamespace(
+        policy=policy, scalar=scalar, tokenizer=tokenizer, queries=[query for query in queries for _ in range(G)], G=G,
+        rows=rows, T=T, mean_response=mean_response, vocabulary=vocabulary, cuda=cuda, device=device, micro=micro,
+        machine=engine(micro, device=device, bfloat16=cuda), numbers=numbers,
+    )  # fmt: skip
+
+
+def new_clock():
+    """A callback of a transformers trainer that has its seconds, from the beginning to the last step."""
+    import transformers as hf
+
+    class Clock(hf.TrainerCallback):
+        def on_train_begin(self, *args: object, **kwargs: object) -> None:
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *args: object, **kwargs: object) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds = time.perf_counter() - self.start
+
+    return Clock()
+
+
+def update_race(both: SimpleNamespace) -> tuple[Callable[[], str], Callable[[], float], Callable[[], float]]:
+    """What was raced, and a function for each side that updates fresh models once and returns its seconds."""
+    import copy
+
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    policy, scalar, queries, rows, T, machine = both.policy, both.scalar, both.queries, both.rows, both.T, both.machine
     ppo = impl.PPO(
-        total_episodes=rows, batch_size=rows, num_minibatches=1, num_ppo_epochs=4, kl_coef=0.05, lr=3e-6, value_lr=3e-6
-    )
-    machine = engine(micro, device=device, bfloat16=cuda)
+        total_episodes=rows, batch_size=rows, num_minibatches=1, num_ppo_epochs=4, kl_coef=0.05, lr=3e-6, value_lr=3e-6,
+        responses_per_query=both.G,
+    )  # fmt: skip
+    share, written = both.G > 1, []
 
     def ours() -> float:
-        models = [copy.deepcopy(model).to(device).eval() for model in (policy, scalar, policy, scalar)]
-        models = impl.Models(models[0], impl.ScalarModel(models[1], True).to(device), models[2].requires_grad_(False),
-                             impl.ScalarModel(models[3]).to(device).requires_grad_(False))  # fmt: skip
+        models = [copy.deepcopy(model).to(both.device).eval() for model in (policy, scalar, policy, scalar)]
+        models = impl.Models(models[0], impl.ScalarModel(models[1], True).to(both.device), models[2].requires_grad_(False),
+                             impl.ScalarModel(models[3]).to(both.device).requires_grad_(False))  # fmt: skip
         optimizer = impl.adamw(impl.Optimizer(), (models.policy, ppo.lr), (models.value_model, ppo.lr))
         start = time.perf_counter()
-        end_of_text, everything = eos if mean_response else -1, list(range(rows))
-        responses = impl.sample(models.policy, queries, uniforms(rows, T), ppo.temperature, end_of_text, machine)
-        batch = impl.Batch(queries, responses)
+        end_of_text, everything = both.tokenizer.eos_token_id if both.mean_response else -1, list(range(rows))
+        responses = impl.sample(models.policy, queries, uniforms(rows, T), ppo.temperature, end_of_text, machine, share)
+        batch = impl.Batch(queries, responses, share)
         scores = impl.scores_of(models.reward_model, batch, machine)
         rollout = impl.read_tokens(models, batch, scores, end_of_text, ppo.temperature, [everything], machine)
         rollout = impl.credit(rollout, impl.shape_rewards(rollout, ppo), ppo)
@@ -6603,49 +6699,77 @@ def race(name: str, rounds: int = 3) -> None:  # noqa: PLR0915
         written.append(rollout.mask.sum().item() / rows)
         return time.perf_counter() - start
 
-    class Clock(hf.TrainerCallback):
-        def on_train_begin(self, *args: object, **kwargs: object) -> None:
-            self.start = time.perf_counter()
-
-        def on_step_end(self, *args: object, **kwargs: object) -> None:
-            if cuda:
-                torch.cuda.synchronize()
-            self.seconds = time.perf_counter() - self.start
-
     def theirs() -> float:
-        clock = Clock()
+        clock = new_clock()
         with tempfile.TemporaryDirectory() as folder:
             trainer = PPOTrainer(
                 args=PPOConfig(
-                    output_dir=folder, per_device_train_batch_size=micro, gradient_accumulation_steps=rows // micro,
-                    num_mini_batches=1, num_ppo_epochs=4, total_episodes=rows, response_length=T, temperature=0.7,
-                    learning_rate=3e-6, kl_coef=0.05, stop_token="eos" if mean_response else None, report_to="none",
-                    num_sample_generations=0, bf16=cuda, use_cpu=not cuda, save_strategy="no", seed=1,
+                    output_dir=folder, per_device_train_batch_size=both.micro, num_mini_batches=1, num_ppo_epochs=4,
+                    gradient_accumulation_steps=rows // both.micro, total_episodes=rows, response_length=T,
+                    temperature=0.7, learning_rate=3e-6, kl_coef=0.05, report_to="none", seed=1, save_strategy="no",
+                    stop_token="eos" if both.mean_response else None, num_sample_generations=0, bf16=both.cuda,
+                    use_cpu=not both.cuda,
                 ),
-                processing_class=tokenizer, model=copy.deepcopy(policy), ref_model=copy.deepcopy(policy),
+                processing_class=both.tokenizer, model=copy.deepcopy(policy), ref_model=copy.deepcopy(policy),
                 reward_model=copy.deepcopy(scalar), value_model=copy.deepcopy(scalar),
                 train_dataset=Dataset.from_dict({"input_ids": queries}), callbacks=[clock],
             )  # fmt: skip
             trainer.train()
         return clock.seconds
 
-    written: list[float] = []
-    seconds: dict[str, list[float]] = {"pmo": [], "TRL": []}
-    with clocks() as costs:
-        for side, update in [("pmo", ours), ("TRL", theirs)] * rounds:
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                seconds[side].append(update())
-            print(f"{side} {seconds[side][-1]:.1f} s", flush=True)
-    place = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
-    medians = {side: statistics.median(values) for side, values in seconds.items()}
-    ratios = [theirs / ours for ours, theirs in zip(*seconds.values())]
-    print(
-        f"{name}: {policy.num_parameters() / 1e6:.1f}M parameters, {rows} rows, queries of {sum(lengths) / rows:.0f} tokens, "
-        f"responses of {statistics.mean(written):.0f}; {place}"
-    )
-    print(f"medians {medians['pmo']:.1f} s and {medians['TRL']:.1f} s; TRL / pmo {statistics.median(ratios):.2f}")
-    phases = ("sampling", "forwards", "training")
-    print(", ".join(f"{phase} {costs[f'seconds/{phase}'] / rounds:.1f} s" for phase in phases))
+    def about() -> str:
+        of = f"{rows} rows, {both.G} to a query of {sum(map(len, queries)) / rows:.0f} tokens"
+        return f"{of}, responses of {statistics.mean(written):.0f}"
+
+    return about, ours, theirs
+
+
+def reward_race(both: SimpleNamespace) -> tuple[Callable[[], str], Callable[[], float], Callable[[], float]]:
+    """The same of one epoch over pairs of responses, in steps of as many pairs as a micro-batch holds."""
+    import copy
+
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    eos, longest = both.tokenizer.eos_token_id, both.T if both.mean_response is None else 2 * both.mean_response
+    low, scalar = len(both.tokenizer), both.scalar
+
+    def response() -> list[int]:
+        n = both.numbers.randint(longest // 4, longest - 1)
+        return [both.numbers.randrange(low, both.vocabulary) for _ in range(n)] + [eos]
+
+    pairs = [impl.Ranking(query, [response(), response()], [(0, 1)]) for query in both.queries]
+    machine = replace(both.machine, micro_batch_size=2 * both.micro)
+
+    def ours() -> float:
+        model = impl.ScalarModel(copy.deepcopy(scalar).to(both.device).eval()).to(both.device)
+        optimizer = impl.adamw(impl.Optimizer(), (model, 3e-6))
+        start = time.perf_counter()
+        for rows in impl.chunks(range(len(pairs)), both.micro):
+            step = impl.Rankings([pairs[i] for i in rows], share=True)
+            impl.optimizer_step(machine, optimizer, step, partial(impl.reward_losses, model))
+        return time.perf_counter() - start
+
+    def theirs() -> float:
+        clock, columns = new_clock(), {"chosen_ids": 0, "rejected_ids": 1}
+        dataset = Dataset.from_dict({name: [p.query + p.responses[i] for p in pairs] for name, i in columns.items()})
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = RewardTrainer(
+                args=RewardConfig(
+                    output_dir=folder, per_device_train_batch_size=both.micro, num_train_epochs=1, max_length=None,
+                    learning_rate=3e-6, gradient_checkpointing=False, report_to="none", bf16=both.cuda, seed=1,
+                    use_cpu=not both.cuda, save_strategy="no", logging_strategy="no",
+                ),
+                model=copy.deepcopy(scalar), processing_class=both.tokenizer, train_dataset=dataset, callbacks=[clock],
+            )  # fmt: skip
+            trainer.train()
+        return clock.seconds
+
+    def about() -> str:
+        queries, responses = ([len(x) for x in xs] for xs in (both.queries, [r for p in pairs for r in p.responses]))
+        return f"{len(pairs)} pairs, queries of {statistics.mean(queries):.0f} tokens, responses of {statistics.mean(responses):.0f}"
+
+    return about, ours, theirs
 
 
 # -----------------------------------------------------------------------------
@@ -6885,4 +7009,4 @@ def test_what_the_suite_finds_in_a_peer(peer, tmp_path):
 
 
 if __name__ == "__main__":  # the rest of the command lines ended further up
-    sys.exit(race(*sys.argv[2:3] or ["short"]) if sys.argv[1] == "race" else benchmark(*sys.argv[2:]))
+    race(*sys.argv[2:4]) if sys.argv[1] == "race" else benchmark(*sys.argv[2:])
