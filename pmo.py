@@ -90,7 +90,7 @@ from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # transformers and tokenizers are imported where they are used: `--help`, and copying the maths, need neither.
 
@@ -1176,12 +1176,10 @@ def sample_block(
     ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=device)
     cache_name = "cache" if "cache" in inspect.signature(policy.forward).parameters else "past_key_values"
     while len(written) < uniforms.shape[1] and not ended.all():
-        with head_at(policy, row, torch.full_like(row, tokens.shape[1] - 1)):  # the newest position only
+        with head_at(policy, row, torch.full_like(row, tokens.shape[1] - 1)), compact_keys():  # the newest token
             inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": positions}
             output = policy(**inputs, **{cache_name: cache}, use_cache=True)
         cache, logits = output[cache_name], output.logits[:, -1]
-        if not written:
-            compact(cache)
         if len(groups) < len(batch) and not written:  # from a row for each query to a row for each response
             of = torch.tensor([r for r, group in enumerate(groups) for _ in group], device=device)
             cache.batch_select_indices(of)
@@ -1202,17 +1200,23 @@ def sample_block(
     return [response[:length] for response, length in zip(responses.tolist(), lengths)]
 
 
-def compact(cache: Cache) -> None:
-    """From now on keys have the values' precision: rotation makes float32 of bfloat16, and attention would round them
-    again for every token. A cache that is not transformers' usual one stays as it is."""
+@contextmanager
+def compact_keys() -> Iterator[None]:
+    """Inside, transformers' usual cache holds keys and values in the narrower's precision: rotation makes float32 of
+    bfloat16 keys, and attention would round them again for every token."""
     from transformers import DynamicCache
 
-    if type(cache) is DynamicCache:
-        update = cache.update
-        cache.update = lambda keys, values, *rest, **more: update(keys.to(values.dtype), values, *rest, **more)
-        for layer in cache.layers:
-            if isinstance(getattr(layer, "keys", None), Tensor):
-                layer.keys = layer.keys.to(layer.values.dtype)
+    update = DynamicCache.update
+
+    def narrow(cache: DynamicCache, keys: Tensor, values: Tensor, *rest: object, **options: object):
+        dtype = min(keys, values, key=Tensor.element_size).dtype
+        return update(cache, keys.to(dtype), values.to(dtype), *rest, **options)
+
+    DynamicCache.update = narrow
+    try:
+        yield
+    finally:
+        DynamicCache.update = update
 
 
 def load_pretrained(auto: type, folder: str | Path, **options: object):

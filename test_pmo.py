@@ -5911,28 +5911,31 @@ def test_the_head_computes_in_float32(family):
 
 
 @law(
-    "in bfloat16 the cache of keys and values is bfloat16 after the query, and the same tokens are sampled as without that, "
+    "in bfloat16 the cache of keys and values is bfloat16, and the same tokens are sampled as without that, "
     "with shared queries, too",
-    "README: memory", "sample", "compact", *ENGINE_NEEDS, family=families, share=st.booleans(),
+    "README: memory", "sample", "compact_keys", *ENGINE_NEEDS, family=families, share=st.booleans(),
 )  # fmt: skip
 def test_the_cache_is_compact_and_samples_the_same(family, share):
     from transformers import DynamicCache
 
     policy, queries = tiny_policy(family), [[1, 2, 3]] * 3 + [[4, 5, 6, 7, 8]] * 3
     draw = lambda: impl.sample(policy, queries, uniforms(6, 9, 1), 0.7, -1, engine(bfloat16=True), share)  # noqa: E731
-    dtypes, update = [], DynamicCache.update
+    dtypes, forward = set(), type(policy).forward
 
-    def watched(cache, keys, *rest, **options):
-        dtypes.append(keys.dtype)
-        return update(cache, keys, *rest, **options)
+    def watched(model, *rest, **options):
+        output = forward(model, *rest, **options)
+        dtypes.update(layer.keys.dtype for layer in output[cache].layers)
+        return output
 
+    cache = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+    watched.__signature__ = inspect.signature(forward)
+    update = DynamicCache.update
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DynamicCache, "update", watched)
+        patch.setattr(type(policy), "forward", watched)
         compacted = draw()
-        layers = 2
-        assert set(dtypes[layers:]) == {torch.bfloat16} and len(dtypes) == 9 * layers
-        patch.setattr(impl, "compact", lambda cache: None)
-        assert draw() == compacted
+        assert dtypes == {torch.bfloat16} and DynamicCache.update is update
+        patch.setattr(impl, "compact_keys", contextlib.nullcontext)
+        assert draw() == compacted and (torch.float32 in dtypes) == (family != "gpt2"), "GPT-2 rotates nothing"
 
 
 # -----------------------------------------------------------------------------
@@ -6361,8 +6364,9 @@ MUTANTS = [
     Mutant("GAE starts on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "next_value = next_advantage = torch.zeros_like(values[:, 0])", "next_value = next_advantage = torch.zeros(len(values))"),
     Mutant("the head rounds to eight bits", "test_the_head_computes_in_float32", "            return forward(_at_least_float32(entered[-1]))", "            pass\n        return forward(_at_least_float32(entered[-1]))"),
     Mutant("the head never comes back", "test_the_head_computes_in_float32", "        del head.forward  # the class's is back\n", "        pass\n"),
-    Mutant("keys stay wide in the cache", "test_the_cache_is_compact_and_samples_the_same", "        if not written:\n            compact(cache)\n", ""),
-    Mutant("only the query's keys are compact", "test_the_cache_is_compact_and_samples_the_same", "update(keys.to(values.dtype), values,", "update(keys, values,"),
+    Mutant("keys stay wide in the cache", "test_the_cache_is_compact_and_samples_the_same", "update(cache, keys.to(dtype), values", "update(cache, keys, values"),
+    Mutant("values become as wide as rotated keys", "test_the_cache_is_compact_and_samples_the_same", "dtype = min(keys, values,", "dtype = max(keys, values,"),
+    Mutant("the cache stays changed after sampling", "test_the_cache_is_compact_and_samples_the_same", "    finally:\n        DynamicCache.update = update\n", "    finally:\n        pass\n"),
     Mutant("float32 means TF32", "test_float32_means_float32_on_a_gpu", '"high" if bfloat16 and device.type == "cuda" else "highest"', '"high" if device.type == "cuda" else "highest"'),
     Mutant("bfloat16 is emulated on old cards", "test_float32_means_float32_on_a_gpu", "is_bf16_supported(including_emulation=False)", "is_bf16_supported()"),
     Mutant("gradients lie beside the sampler's cache", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "        optimizer.zero_grad()  # the gradients' memory is for what the next update samples\n", ""),
