@@ -1395,18 +1395,20 @@ TOLERATED = 0.01  # share of unusable records; more are an error
 
 def read_records(path: Path, parse: Callable[[dict], NamedTuple]) -> tuple[list, list[str]]:
     """Parsed records of a JSON Lines file (.gz too), and complaints about what was left out: file, line, field."""
-    records, unusable, bad = [], [], 0
+    records, unusable, bad, line = [], [], 0, b""
     with one_line(str(path)), gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                record = {} if line.isspace() else json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 refuse(not isinstance(record, dict), "not a JSON object")
-                records += [] if line.isspace() else [parse(record)]
+                records.append(parse(record))
             except (ValueError, RecursionError) as error:
                 bad += 1
                 unusable += [f"line {number}: {error}"] if bad <= 3 else []
             if bad > 10_000 + len(records):  # it may have no end
                 break
+    if bad and line.isspace():  # the last: many a program writes one
+        bad, unusable = bad - 1, unusable[: bad - 1]
     complaint = f"{path}: {bad:,} of {bad + len(records):,} records are unusable: {'; '.join(unusable)}"
     refuse(bad > TOLERATED * (bad + len(records)), f"{complaint} (at most {TOLERATED:.0%} may be)")
     refuse(not records, f"{path}: no records")

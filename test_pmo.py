@@ -3222,12 +3222,14 @@ def test_a_rule_replaces_the_reward_model():
     "README: Your own data and models", *RUN_NEEDS, "load_tokenizer",
 )  # fmt: skip
 def test_all_models_of_a_run_need_one_tokenizer():
+    from tokenizers import normalizers
+
     strangers = workshop() / "strangers"
     for name in ("ppo", "reward"):
         shutil.copytree(finished_run() / name, strangers / name)
         tokenizer = impl.load_tokenizer(strangers / name)
-        tokenizer.add_tokens(["somewhat"])
-        tokenizer.save_pretrained(strangers / name)
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.save_pretrained(strangers / name)  # the same tokens, of other texts
     for i, flags in enumerate((
         {"ppo_model": str(strangers / "ppo")},
         {"reward_model": str(strangers / "reward")},
@@ -4694,7 +4696,7 @@ def test_divergence_within_an_update_spares_the_checkpoint():
 
 @law(
     "a rollout in which any model's numbers are not finite stops PPO before a step, and says which",
-    "D22", *RUN_NEEDS, "Diverged", "read_tokens",
+    "D22", *RUN_NEEDS, "Stopped", "read_tokens",
 )  # fmt: skip
 def test_a_rollout_that_is_not_finite_names_the_model():
     good = tiny_rollout(tiny_models("neox"), impl.PPO())
@@ -5001,8 +5003,8 @@ MUTANTS = [
     Mutant("the choice is upside down", "test_the_choice_is_the_chosen_text", "texts[choice], texts[1 - choice]", "texts[1 - choice], texts[choice]"),
     Mutant("fields may be numbers", "test_any_record_is_parsed_or_refused", "refuse(not isinstance(text, str), f\"field '{name}' is missing or not text\")", "if not isinstance(text, str):\n        return text"),
     Mutant("articles are read as posts", "test_both_forms_of_the_data_are_read", 'if "article" in info and "post" not in info:', "if False:"),
-    Mutant("broken records pass in silence", "test_broken_records_are_counted_or_refused", "refuse(len(unusable) > TOLERATED * number,", "refuse(False,"),
-    Mutant("broken records are not reported", "test_broken_records_are_counted_or_refused", 'unusable.append(f"line {number}: {error}")', "number -= 1"),
+    Mutant("broken records pass in silence", "test_broken_records_are_counted_or_refused", "refuse(bad > TOLERATED * (bad + len(records)),", "refuse(False,"),
+    Mutant("broken records are not reported", "test_broken_records_are_counted_or_refused", 'unusable += [f"line {number}: {error}"] if bad <= 3 else []', "bad -= 1"),
     Mutant("log-probabilities come one position late", "test_response_logprobs_are_the_plain_models", "[len(q) - 1 for q in batch.queries], device=device)\n    index", "[len(q) for q in batch.queries], device=device)\n    index"),
     Mutant("ROUGE-L is recall", "test_rouge_l_is_the_f1_of_the_longest_common_subsequence", "2 * row[-1] / max(1, len(a) + len(b))", "row[-1] / max(1, len(b))"),
     Mutant("the labeler pays for words that fit every post", "test_the_labeler_judges_the_post_not_the_style", "max(0.0, math.log(0.1", "max(1.0, math.log(0.1"),
@@ -5022,9 +5024,9 @@ MUTANTS = [
     Mutant("the offset is saved with the wrong sign", "test_saved_reward_model_gives_the_same_scores_in_transformers", "score_offset = -weights.pop(\"bias\")", "score_offset = weights.pop(\"bias\")"),
     Mutant("the offset is not loaded", "test_value_model_starts_as_the_reward_model", "torch.tensor([-offset])", "torch.tensor([0.0])"),
     Mutant("pad stays EOS", "test_saved_reward_model_gives_the_same_scores_in_transformers", "if pad is None or pad == eos or pad >= size:", "if pad is None or pad >= size:"),
-    Mutant("the reward head starts too small", "test_reward_head_starts_with_the_papers_spread", "/ math.sqrt(weight.shape[1] + 1)", "/ (weight.shape[1] + 1)"),
-    Mutant("dropout is on", "test_models_load_without_dropout_in_float32", "load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32).eval()", "load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32).train()"),
-    Mutant("weights keep the checkpoint's precision", "test_models_load_without_dropout_in_float32", "load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32).eval()", 'load_pretrained(AutoModelForCausalLM, folder, dtype="auto").eval()'),
+    Mutant("the reward head starts too small", "test_reward_head_starts_with_the_papers_spread", "/ math.sqrt(head.weight.shape[1] + 1)", "/ (weight.shape[1] + 1)"),
+    Mutant("dropout is on", "test_models_load_without_dropout_in_float32", "model.eval(), model.config.get_text_config()", "model.train(), model.config.get_text_config()"),
+    Mutant("weights keep the checkpoint's precision", "test_models_load_without_dropout_in_float32", '{"dtype": torch.float32, "output', '{"dtype": "auto", "output'),
     Mutant("positions count padding", "test_sampling_does_not_depend_on_the_batch", "positions = (attention.cumsum(1) - 1).clamp(min=0)", "positions = torch.arange(Q).expand_as(tokens)"),
     Mutant("the sampler attends to padding", "test_sampling_does_not_depend_on_the_batch", "[[0] * (Q - len(q)) + [1] * len(q) for q in queries]", "[[1] * Q for q in queries]"),
     Mutant("the sampler ignores the temperature", "test_sampling_frequencies_are_the_tempered_softmax", "(output.logits[:, -1].float() / temperature)", "output.logits[:, -1].float()"),
@@ -5067,7 +5069,7 @@ MUTANTS = [
     Mutant("SFT and PPO change columns", "test_evaluation_columns_belong_to_their_models", 'load_policy(run.path(name.lower()))) for name in ("SFT", "PPO")}', 'load_policy(run.path(name.lower()))) for name in ("SFT", "PPO")}\n    policies = dict(zip(policies, reversed(policies.values())))'),
     Mutant("the validation posts are the test", "test_evaluation_columns_belong_to_their_models", '"test": data.test or data.valid', '"test": data.valid'),
     Mutant("an earlier run comes before this one", "test_a_runs_own_folder_comes_first", "(self.folder, *self.config.from_run)\n        for", "(*self.config.from_run, self.folder)\n        for"),
-    Mutant("BOS is forgotten", "test_bos_where_the_tokenizer_has_one", "return [self.start + q for q in self.encode", "return [q for q in self.encode"),
+    Mutant("BOS is forgotten", "test_bos_where_the_tokenizer_has_one", "return [self.start + query for query in self.encode", "return [q for q in self.encode"),
     Mutant("accuracy is inverted", "test_reward_accuracies_are_shares_of_pairs", "wins_of(scores_of(model, pairs.chosen, engine), scores_of(model, pairs.rejected, engine))", "wins_of(scores_of(model, pairs.rejected, engine), scores_of(model, pairs.chosen, engine))"),
     Mutant("every shown text has the author's score", "test_shown_samples_belong_to_their_models", "[post], codec, engine, Batch(queries, responses))", '[post], codec, engine, Batch(queries, written["author"]))'),
     Mutant("shown texts change names", "test_shown_samples_belong_to_their_models", '(("sft", models.ref_policy), ("ppo", models.policy))', '(("sft", models.policy), ("ppo", models.ref_policy))'),
@@ -5096,12 +5098,12 @@ MUTANTS = [
     Mutant("accuracy is measured on training pairs", "test_held_out_figures_are_the_saved_models", 'read_pairs(run, "valid", codec)', 'read_pairs(run, "train", codec)'),
     Mutant("a pair fits when one text does", "test_what_fits_is_kept_whole", "max(len(a), len(b)) <= limit and", "min(len(a), len(b)) <= limit and"),
     Mutant("kinds belong to other pairs", "test_what_fits_is_kept_whole", "return Pairs(chosen, rejected)[rows], [kinds[i] for i in rows]", "return Pairs(chosen, rejected)[rows], kinds"),
-    Mutant("the longest summary is left out", "test_what_fits_is_kept_whole", "fits = [len(response) <= limit for", "fits = [len(response) < limit for"),
+    Mutant("the longest summary is left out", "test_what_fits_is_kept_whole", "len(response) <= limit for p,", "fits = [len(response) < limit for"),
     Mutant("the judge reads the test posts", "test_the_labeler_reads_training_posts_only", 'labeler, warm = Labeler(read_posts(run, "train")),', "labeler, warm = Labeler(posts),"),
     Mutant("the shared head does not train the trunk", "test_only_a_shared_value_head_trains_the_policy", "value_model(hidden) if", "value_model(hidden.detach()) if"),
     Mutant("the margin is rejected minus chosen", "test_the_reward_models_margin_is_chosen_minus_rejected", '"margin": (better - worse)', '"margin": (worse - better)'),
     Mutant("comparisons need no room", "test_room_is_needed_for_responses_and_comparisons", "max(data.response_tokens, data.comparison_tokens)", "data.response_tokens"),
-    Mutant("a rule sees the post's fields only", "test_a_rule_replaces_the_reward_model", "scorer(post.post, text, post.record)", "scorer(post.post, text, post.fields())"),
+    Mutant("a rule sees the post's fields only", "test_a_rule_replaces_the_reward_model", "rule(post.post, text, copy.deepcopy(post.record))", "scorer(post.post, text, post.fields())"),
     Mutant("a rule judges another post's response", "test_a_rule_replaces_the_reward_model", "asked, prompts = [posts[i] for i in picked],", "asked, prompts = posts,"),
     Mutant("the values of a rule start anywhere", "test_a_rule_replaces_the_reward_model", "        nn.init.zeros_(value_model.classifier.score.weight)\n", ""),
     Mutant("a judge is asked once", "test_judges_are_asked_in_both_orders", "judge(post.post, two, one)", "1 - judge(post.post, one, two)"),
@@ -5123,9 +5125,9 @@ MUTANTS = [
     Mutant("no other learning rate may resume", "test_divergence_names_stage_and_step", ' and not flag.endswith("lr")]', "]"),
     Mutant("the old learning rate goes on", "test_divergence_names_stage_and_step", 'group["initial_lr"] = rate', "pass"),
     Mutant("a bad checkpoint replaces a good one", "test_divergence_within_an_update_spares_the_checkpoint", 'where, remedy = f"{run.stage}, step', 'run.save_progress(run.progress | {"stage": "ppo", "step": run.step})\n        where, remedy = f"{run.stage}, step'),
-    Mutant("a rollout of NaN is trained on", "test_a_rollout_that_is_not_finite_names_the_model", ".isfinite().all()", ".isnan().any().logical_not() | True"),
+    Mutant("a rollout of NaN is trained on", "test_a_rollout_that_is_not_finite_names_the_model", "if not getattr(rollout, name).isfinite().all():", "if False:"),
     Mutant("one process computes a group less", "test_work_is_dealt_once", "math.ceil(len(groups) / self.world) - len(mine)", "0 if mine else 1"),
-    Mutant("logs are not cut", "test_a_checkpoint_restores_what_steps_change", 'os.truncate(log, min(log.stat().st_size, self.progress["sizes"].get(log.name, 0)))', "pass"),
+    Mutant("logs are not cut", "test_a_checkpoint_restores_what_steps_change", 'os.truncate(self.folder / log, max(0, min((self.folder / log).stat().st_size, size)))', "pass"),
     Mutant("with one-token queries SFT's loss is NaN", "test_sft_loss_is_over_response_tokens_and_eos", "query_tokens = max(1, sum(len(query) - 1 for query in whole.queries))", "query_tokens = sum(len(query) - 1 for query in whole.queries)"),
     Mutant("statistics follow the loss's average", "test_ppo_loss_adds_up", 'partial(aggregate, mask=part.mask, how="token", normalizer=tokens)', "share"),
     Mutant("both clip ranges are one", "test_ppo_loss_adds_up", "part.returns, config.cliprange_value)", "part.returns, config.cliprange)"),
@@ -5168,8 +5170,8 @@ MUTANTS = [
     Mutant("minutes between checkpoints are seconds", "test_checkpoints_come_when_they_should", ">= 60 * self.config", ">= self.config"),
     Mutant("a second Ctrl-C is ignored", "test_checkpoints_come_when_they_should", "if self.interrupted or not self.in_steps:", "if not self.in_steps:"),
     Mutant("Ctrl-C after the steps waits", "test_checkpoints_come_when_they_should", "            finally:\n                self.in_steps = False", "            finally:\n                pass"),
-    Mutant("files get their names before they are written", "test_files_are_on_the_disk_before_they_get_their_names", '            to_disk(part, *part.rglob("*"))\n', ""),
-    Mutant("names may be lost", "test_files_are_on_the_disk_before_they_get_their_names", "            to_disk(target.parent)\n", ""),
+    Mutant("files get their names before they are written", "test_files_are_on_the_disk_before_they_get_their_names", '    to_disk(part, *part.rglob("*"))\n', ""),
+    Mutant("names may be lost", "test_files_are_on_the_disk_before_they_get_their_names", "    to_disk(target.parent)\n", ""),
     Mutant("a resumed run's warnings forget the updates before", "test_divergence_within_an_update_spares_the_checkpoint", 'load_models(run), run.logged("ppo")', "load_models(run), []"),
     Mutant("TensorBoard counts every update as the first", "test_tracking_writes_the_metrics", "add_scalar(tag, value, self.step)", "add_scalar(tag, value, 0)"),
     # whole runs
@@ -5179,7 +5181,7 @@ MUTANTS = [
     Mutant("minibatches are the same in every epoch", "test_ppo_uses_every_rollout_once_per_epoch", 'rng(seed, "minibatches", update, epoch)', 'rng(seed, "minibatches", update)'),
     Mutant("advantages are never whitened", "test_ppo_whitens_advantages_over_the_batch", "    if config.whiten_advantages:\n", "    if False:\n"),
     Mutant("the reward model is not centred", "test_the_reward_model_of_a_run_is_centred", "    model.center(scores_of(model, summaries, engine).mean().item())\n", ""),
-    Mutant("runs overwrite each other", "test_runs_never_share_a_folder", "folder.mkdir(parents=True)\n", "folder.mkdir(parents=True, exist_ok=True)\n"),
+    Mutant("runs overwrite each other", "test_runs_never_share_a_folder", "free.mkdir(parents=True)\n", "free.mkdir(parents=True, exist_ok=True)\n"),
 ]  # fmt: skip
 
 
