@@ -990,8 +990,8 @@ class ScalarModel(nn.Module):
 
         Dropout is off, and stays off: nothing calls train() [D11].
         """
-        new = None if new_head is None else "score.weight"
-        classifier = load_model("AutoModelForSequenceClassification", folder, "a reward model", new, num_labels=1)
+        what, new = ("a reward model", None) if new_head is None else ("a policy", "score.weight")
+        classifier = load_model("AutoModelForSequenceClassification", folder, what, new, num_labels=1)
         head = getattr(classifier, "score", None)
         refuse(not isinstance(head, nn.Linear), f"{folder}: not a reward model: no linear head on a decoder")
         if new_head is not None:
@@ -1234,23 +1234,24 @@ def load_model(auto: str, folder: str | Path, what: str, new: str | None = None,
     refuse(Path(folder, "adapter_config.json").is_file(), f"{folder}: an adapter: merge it into its model first")
     options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = load_pretrained(auto, folder, **options)
-    model, config, missing, unknown = model.eval(), model.config.get_text_config(), *map(set, [*info.values()][:2])
-    if new:
+    model, config = model.eval(), model.config.get_text_config()
+    missing, unknown = (set(info[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
+    if new and hasattr(model, "score"):
         unknown = {name for name in unknown if name.startswith(model.base_model_prefix)} | ({new} - missing)
     faults = {
         "missing": missing - {new},
         "unknown": unknown,
-        "of another shape": {x[0] for x in info["mismatched_keys"]},
+        "misshapen": {name for name, *_ in info["mismatched_keys"]},
     }
     faults["not finite"] = {name for name, weight in model.state_dict().items() if not weight.isfinite().all()}
-    said = [f"{fault}: {min(names)} (of {len(names)})" for fault, names in faults.items() if names]
-    refuse(bool(said), f"{folder}: not {what}; weights {', '.join(said)}")
+    said = [f"{len(names)} {fault} ({min(names)})" for fault, names in faults.items() if names]
+    refuse(bool(said), f"{folder}: not {what}; of its weights {', '.join(said)}")
     refuse(not any(p.requires_grad for p in model.parameters()), f"{folder}: none of its weights can be trained")
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False  # no loss here has a use for them, and sampling fails on them
     rows = torch.tensor([range(1, 9), [1, 2, 3, 4, 6, 7, 8, 9]]) % config.vocab_size
     with one_line(f"{folder}: cannot be run"), torch.no_grad():
-        one, other = model.base_model(input_ids=rows)[0][:, :4]
+        one, other = model.base_model(input_ids=rows, use_cache=False)[0][:, :4]
     same = (one - other).abs().max() <= 1e-5 * one.abs().max()
     refuse(not same, f"{folder}: not a causal model: what it reads first changes with what comes later")
     return model
