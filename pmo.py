@@ -1237,7 +1237,8 @@ def load_model(auto: str, folder: str | Path, what: str, new: str | None = None,
     model, config = model.eval(), model.config.get_text_config()
     missing, unknown = (set(info[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
     if new and hasattr(model, "score"):
-        unknown = {name for name in unknown if name.startswith(model.base_model_prefix)} | ({new} - missing)
+        trunk = "" if missing - {new} else model.base_model_prefix  # the head that is replaced stands beside it
+        unknown = {name for name in unknown if name.startswith(trunk)} | ({new} - missing)
     faults = {
         "missing": missing - {new},
         "unknown": unknown,
@@ -2694,10 +2695,11 @@ class Run:
             refuse((self.folder / name).is_symlink(), f"{self.folder / name} is a link: it would be written to")
         self.locked = open(self.folder / LOCK, "a+")  # noqa: SIM115, as long as the run has it open
         try:
-            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             self.locked.seek(0)
-            raise InputError(f"{self.folder} is in use by process {self.locked.read().strip()}") from None
+            holder = self.locked.read().strip()
+            refuse(holder != str(os.getpid()), f"{self.folder} is in use by process {holder}")
         self.locked.truncate(0)
         print(os.getpid(), file=self.locked, flush=True)
 

@@ -4936,7 +4936,7 @@ def test_a_policy_samples_as_it_scores():
         else:
             assert not getattr(impl.load_policy(folder).config, "output_router_logits", False)
     classifier = random_model("classifier", "bert", "AutoModelForSequenceClassification", num_labels=1)
-    assert "no linear head" in config_error(lambda: impl.ScalarModel.load(classifier)) or ahead
+    assert config_error(lambda: impl.ScalarModel.load(classifier)) == f"{classifier}: {ahead}"
 
 
 @law(
@@ -5065,7 +5065,6 @@ def changes(post, response, record):
 )  # fmt: skip
 def test_users_functions_fail_in_one_line():
     posts, texts, flag = toy_posts(2), ["one text", "another"], "--ppo.reward-function"
-    place = {name: number for number, name in enumerate(USERS_CODE.splitlines(), start=1)}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workshop())
         Path("faulty.py").write_text(USERS_CODE)
@@ -5207,7 +5206,7 @@ def test_records_of_all_kinds_are_read_or_told():
         assert [record.fields() for record in records] == [post.fields() for post in posts] and complaints == []
     path.write_bytes(b"\n" * 2_000_000)
     message = config_error(lambda: impl.read_records(path, impl.parse_post))
-    assert f"{path}: 10,001 of 10,001 records are unusable: line 1: " in message and len(message) < 1000
+    assert f"{path}: 10,000 of 10,000 records are unusable: line 1: " in message and len(message) < 1000
     comparison = {"info": posts[0].fields(), "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}
     for name, change in (
         ("batch", {"batch": "\ud800"}),
