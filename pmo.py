@@ -93,7 +93,7 @@ from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 # transformers and tokenizers are imported where they are used: `--help`, and copying the maths, need neither.
 
@@ -687,7 +687,7 @@ def step_statistics(steps: list[dict[str, float]]) -> dict[str, float]:
 def bad_signs(history: list[dict[str, float]]) -> Iterator[str]:
     """What the statistics of the updates so far warn of."""
     last, quarter = history[-1], len(history) // 4
-    if last["policy/first_abs_log_ratio"] > 0.02:
+    if last["policy/first_abs_log_ratio"] > 0.02 and "policy/halvings" not in last:  # a natural step comes before it
         yield "the first ratio of a batch is not 1: old log-probabilities do not come from the same computation [D14]"
     if last["val/eos_rate"] < 0.5:
         yield "fewer than half of the responses end: raise --data.response-tokens or lower --ppo.missing-eos-score"
@@ -1041,19 +1041,23 @@ def head_at(policy: PreTrainedModel, row: Tensor, index: Tensor) -> Iterator[lis
     its input (B, T, D).
 
     The head is the widest layer, and most positions are query. Selecting where the hidden states enter it, rather
-    than calling it ourselves, keeps whatever else the model does to its logits (scaling, soft-capping).
+    than calling it ourselves, keeps whatever else the model does to its logits (scaling, soft-capping). It computes in
+    float32: bfloat16 logits lie 1/8 apart at 16, which ties the best two now and then, and moves ratios by steps.
     """
     entered: list[Tensor] = []
+    head = policy.get_output_embeddings()
+    forward = head.forward
 
-    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        entered.append(args[0][row, index])
-        return (entered[-1], *args[1:])
+    def selected(hidden: Tensor) -> Tensor:
+        entered.append(hidden[row, index])
+        with torch.autocast(hidden.device.type, enabled=False):
+            return forward(_at_least_float32(entered[-1]))
 
-    hook = policy.get_output_embeddings().register_forward_pre_hook(select)
+    head.forward = selected
     try:
         yield entered
     finally:
-        hook.remove()
+        del head.forward  # the class's is back
 
 
 def response_logits(policy: PreTrainedModel, layout: Layout) -> tuple[Tensor, Tensor]:  # (B, T, V), (B, T, D)
@@ -1178,6 +1182,8 @@ def sample_block(
             inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": positions}
             output = policy(**inputs, **{cache_name: cache}, use_cache=True)
         cache, logits = output[cache_name], output.logits[:, -1]
+        if not written:
+            compact(cache)
         if len(groups) < len(batch) and not written:  # from a row for each query to a row for each response
             of = torch.tensor([r for r, group in enumerate(groups) for _ in group], device=device)
             cache.batch_select_indices(of)
@@ -1196,6 +1202,19 @@ def sample_block(
     responses = torch.cat(written, dim=1)
     lengths = response_mask(responses, eos_id).sum(1).tolist()
     return [response[:length] for response, length in zip(responses.tolist(), lengths)]
+
+
+def compact(cache: Cache) -> None:
+    """From now on keys have the values' precision: rotation makes float32 of bfloat16, and attention would round them
+    again for every token. A cache that is not transformers' usual one stays as it is."""
+    from transformers import DynamicCache
+
+    if type(cache) is DynamicCache:
+        update = cache.update
+        cache.update = lambda keys, values, *rest, **more: update(keys.to(values.dtype), values, *rest, **more)
+        for layer in cache.layers:
+            if isinstance(getattr(layer, "keys", None), Tensor):
+                layer.keys = layer.keys.to(layer.values.dtype)
 
 
 def check_name(folder: str | Path) -> None:
@@ -1239,12 +1258,9 @@ def load_model(auto: str, folder: str | Path, what: str, new: str | None = None,
     if new and hasattr(model, "score"):
         trunk = "" if missing - {new} else model.base_model_prefix  # the head that is replaced stands beside it
         unknown = {name for name in unknown if name.startswith(trunk)} | ({new} - missing)
-    faults = {
-        "missing": missing - {new},
-        "unknown": unknown,
-        "misshapen": {name for name, *_ in info["mismatched_keys"]},
-    }
-    faults["not finite"] = {name for name, weight in model.state_dict().items() if not weight.isfinite().all()}
+    misshapen, state = {name for name, *_ in info["mismatched_keys"]}, model.state_dict().items()
+    faults = {"missing": missing - {new}, "unknown": unknown, "misshapen": misshapen}
+    faults["not finite"] = {name for name, weight in state if not weight.isfinite().all()}
     said = [f"{len(names)} {fault} ({min(names)})" for fault, names in faults.items() if names]
     refuse(bool(said), f"{folder}: not {what}; of its weights {', '.join(said)}")
     refuse(not any(p.requires_grad for p in model.parameters()), f"{folder}: none of its weights can be trained")
@@ -1270,9 +1286,7 @@ def load_policy(folder: str | Path) -> PreTrainedModel:
         hook.remove()
         steps, alone = torch.cat(seen[:4], dim=1), torch.cat(seen[4:])
         same = (steps - alone).abs().max() <= 1e-3 * alone.abs().max()
-    refuse(
-        not same, f"{folder}: sampling (cached, padded on the left) gives other logits than one pass over a row alone"
-    )
+    refuse(not same, f"{folder}: sampling, cached and padded on the left, gives other logits than reading a row alone")
     return policy
 
 
@@ -2363,7 +2377,8 @@ class Compute:
     """Where and in what pieces to compute. Nothing here changes results but for rounding; --resume may change all."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"  # CUDA if there is a GPU.
-    # Of forward passes; weights are float32 always [D21]. auto: bfloat16 on a GPU, float32 on a CPU.
+    # Of forward passes; weights are float32 always [D21]. auto: bfloat16 on a GPU that has it, else float32. bfloat16
+    # leaves heads and losses in float32, on a GPU in TF32's matrix products; float32 is float32 everywhere.
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     # Responses per forward and backward pass; changes memory and speed only [D20].
     micro_batch_size: int = 32
@@ -2440,11 +2455,14 @@ class Config:
         small = f"{episodes} less than one batch, --ppo.batch-size {ppo.batch_size}"
         refuse(ppo.total_episodes < ppo.batch_size, small)
         refuse(ppo.baseline == "group" and G == 1, "--ppo.baseline group needs --ppo.responses-per-query 2 or more")
+        refuse(ppo.baseline == "batch" and ppo.batch_size == 1, "--ppo.baseline batch needs --ppo.batch-size 2 or more")
         plain = ppo.baseline == "value-model" and ppo.kl_in == "reward" and not ppo.ptx_coef and not self.compute.shard
         needs = "--ppo.baseline value-model, --ppo.kl-in reward, no --ppo.ptx-coef and no --compute.shard"
         refuse(ppo.objective == "constraint" and not plain, f"--ppo.objective constraint needs {needs}")
         both = ppo.reward_function is not None and self.reward_model is not None
         refuse(both, "--ppo.reward-function stands in for the reward model, but --reward-model is given too")
+        again = self.compare.policy == "ppo" and not self.from_run
+        refuse(again, "--compare.policy ppo needs --from-run, a run whose policy and comparisons there are")
         refuse(len(self.sweep) == 1, f"--sweep {' '.join(self.sweep)}: a flag needs values")
         self.check_stages()
 
@@ -2525,9 +2543,12 @@ class Engine:
         available = torch.cuda.is_available()
         refuse(compute.device == "cuda" and not available, "--compute.device cuda: PyTorch sees no CUDA device")
         device = torch.device("cuda" if available and compute.device != "cpu" else "cpu")
-        bfloat16 = compute.precision == "bfloat16" or (compute.precision == "auto" and device.type == "cuda")
+        bfloat16 = compute.precision == "bfloat16"
+        if compute.precision == "auto" and device.type == "cuda":
+            bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        # Beside bfloat16, what is float32 may use the matrix units too: TF32 rounds factors to 11 bits.
+        torch.set_float32_matmul_precision("high" if bfloat16 and device.type == "cuda" else "highest")
         if device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = True  # what is not bfloat16 may use the matrix units too
             processes, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
             refuse(processes > there, f"{processes} processes need a GPU each: there are {there}")
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -2895,7 +2916,7 @@ def check_places(config: Config) -> None:
     """Files, folders and functions that flags name: a slip should not wait for the stage that needs it."""
     for folder in config.from_run:
         refuse(not folder.is_dir(), f"--from-run {folder}: no such folder")
-    for flag, value in named_inputs(config).items():
+    for flag, value in given(config).items():
         refuse(isinstance(value, Path) and not value.is_file(), f"{flag} {value}: no such file")
         if isinstance(value, str):
             check_name(value)
@@ -2908,22 +2929,18 @@ def check_places(config: Config) -> None:
         load_function("--ppo.reward-function", config.ppo.reward_function)
 
 
-def named_inputs(config: Config) -> dict[str, Path | str]:
-    """Flags that name a file of data, as a path, or a model, as text."""
-    flags = flags_of(asdict(config)).items()
-    return {
-        flag: x
-        for flag, x in flags
-        if x and (flag.endswith("model") or (flag[:7] == "--data." and type(x) not in (int, str)))
-    }
+def given(config: Config) -> dict[str, Path | str]:
+    """What flags name: files of data, as paths, and models, as text."""
+    flags, data = flags_of(asdict(config)), flags_of({"data": asdict(config.data)})
+    files = {flag: value for flag, value in data.items() if isinstance(value, Path)}
+    return files | {flag: value for flag, value in flags.items() if value and flag.endswith("model")}
 
 
 def fingerprints(config: Config) -> dict[str, int]:
     """Of all that a run is given: one that goes on should find it as it was."""
-    marks, paths = {}, [*map(Path, named_inputs(config).values())]
+    marks, paths = {}, [*map(Path, given(config).values())]
     for path in paths + [each / name for each in config.from_run for name in ("data", "base", "sft", "reward", "ppo")]:
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in files:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
             if file.is_file() and file.stat().st_size:
                 marks[str(path)] = zlib.crc32(np.memmap(file, mode="r"), marks.get(str(path), 0))
     return marks
@@ -3114,9 +3131,7 @@ def main() -> None:
             config = tyro.cli(Config, args=[*arguments_of(config.resume), *sys.argv[1:]])
         (sweep if config.sweep else start)(config)
     except (InputError, OSError) as error:  # OSError: a disk that is full or read-only
-        if (
-            isinstance(error, ConnectionError) or os.environ.get("LOCAL_RANK", "0") == "0"
-        ):  # the rest are all processes'
+        if isinstance(error, ConnectionError) or os.environ.get("LOCAL_RANK", "0") == "0":  # the rest is everybody's
             print(f"pmo: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
