@@ -52,6 +52,7 @@ calls PPO *PMO*; README translates its vocabulary.
 
 from __future__ import annotations
 
+import copy
 import gzip
 import importlib
 import importlib.util
@@ -60,6 +61,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import shutil
 import signal
 import subprocess
@@ -67,11 +69,12 @@ import sys
 import sysconfig
 import threading
 import time
+import traceback
 import zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
@@ -460,7 +463,7 @@ def read_tokens(
     rollout = Rollout(batch, mask, logprobs, ref_logprobs, entropy, values, scores, has_eos)
     for name in ("logprobs", "ref_logprobs", "values", "scores"):
         if not getattr(rollout, name).isfinite().all():
-            raise Diverged(f"{name} of the rollout are not finite: that model's weights or activations are not [D22]")
+            raise Stopped(f"{name} of the rollout are not finite: that model's weights or activations are not [D22]")
     return rollout
 
 
@@ -555,7 +558,7 @@ def optimizer_step(
     statistics = {name: float(total) for name, total in totals.items()}
     for name in ("loss", "grad_norm"):  # [D22]
         if not math.isfinite(statistics[name]):
-            raise Diverged(f"{name} is {statistics[name]}, so no step was taken; try a lower learning rate [D22]")
+            raise Stopped(f"{name} is {statistics[name]}, so no step was taken; try a lower learning rate [D22]")
     optimizer.step()
     return statistics | {"lr": optimizer.param_groups[0]["lr"]}
 
@@ -743,16 +746,16 @@ def load_reward_model(run: Run, folder: str | Path) -> ScalarModel:
 
 def load_function(flag: str, place: str) -> Callable:
     """module:function, from the working directory or installed."""
-    module, _, name = place.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
+    flag, (module, _, name), here = f"{flag} {place}", place.partition(":"), str(Path.cwd())
+    refuse(not re.fullmatch(r"\w+(\.\w+)*:\w+", place), f"{flag} should name module:function")
+    sys.path.insert(0, here)
+    with one_line(flag):
         function = getattr(importlib.import_module(module), name)
-        refuse(not callable(function), "it cannot be called")
-        return function
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{flag} {place}, which should name module:function: {error}") from None
-    finally:
-        sys.path.pop(0)
+    sys.path.remove(here)
+    refuse(not callable(function) or inspect.iscoroutinefunction(function), f"{flag} cannot be called")
+    with one_line(flag, function), suppress(ValueError):  # what a builtin takes may not be known
+        inspect.signature(function).bind("post", "response", "record")
+    return function
 
 
 def outcome_scores(
@@ -761,18 +764,22 @@ def outcome_scores(
     """Scores of responses to posts: a reward model's, read at EOS, or what a rule verifies of their text [7]."""
     if isinstance(scorer, nn.Module):
         return scores_of(scorer, batch, engine)
-    scores = []
-    for post, response in zip(posts, batch.responses) if engine.rank == 0 else ():
-        text = codec.text(response)
-        score = scorer(post.post, text, post.record)
-        try:
-            scores.append(float(score))
-        except (TypeError, ValueError):
-            scores.append(math.nan)
-        usable = math.isfinite(scores[-1])
-        refuse(not usable, f"--ppo.reward-function returned {score!r}, not a finite number, for {text[:60]!r}")
-    scores = engine.broadcast(scores)  # one process asks the rule: it may cost, and need not say the same twice
+    # One process asks the rule: it may cost, and need not say the same twice.
+    scores = engine.once(verified, scorer, posts, [codec.text(response) for response in batch.responses])
     return torch.tensor(scores, dtype=torch.float32, device=engine.device)
+
+
+def verified(rule: RewardFunction, posts: Sequence[Post], texts: list[str]) -> list[float]:
+    scores = []
+    for post, text in zip(posts, texts):
+        with one_line("--ppo.reward-function", rule, text):
+            score = rule(post.post, text, copy.deepcopy(post.record))
+            with suppress(TypeError, ValueError, OverflowError):
+                scores.append(float(score) if not isinstance(score, str) else math.nan)
+            usable = len(scores) > 0 and abs(scores[-1]) <= torch.finfo(torch.float32).max
+            said = f"--ppo.reward-function returned {reprlib.repr(score)}, not a finite number, for {text[:60]!r}"
+            refuse(not usable, said)
+    return scores
 
 
 def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: Models) -> None:
@@ -954,7 +961,7 @@ def cosine(progress: float) -> float:
 
 def author_responses(codec: Codec, posts: Sequence[Post], model: PreTrainedModel) -> list[list[int]]:
     """The authors' summaries, however long, up to where the model has no more positions."""
-    room = getattr(model.config, "max_position_embeddings", 10**9) - codec.data.query_tokens
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9) - codec.data.query_tokens
     return [response[:room] for response in codec.responses([post.summary for post in posts])]
 
 
@@ -983,19 +990,14 @@ class ScalarModel(nn.Module):
 
         Dropout is off, and stays off: nothing calls train() [D11].
         """
-        from transformers import AutoModelForSequenceClassification
-
-        options = {"num_labels": 1, "dtype": torch.float32, "output_loading_info": True}
-        classifier, info = load_pretrained(AutoModelForSequenceClassification, folder, **options)
-        if new_head is None:
-            refuse(
-                bool(info["missing_keys"]), f"{folder}: not a reward model, it has no {list(info['missing_keys'])[:1]}"
-            )
-        else:
-            weight = classifier.score.weight
-            noise = new_head.standard_normal(weight.shape) / math.sqrt(weight.shape[1] + 1)
-            classifier.score.weight = nn.Parameter(torch.from_numpy(noise).float())
-        return cls(classifier.eval(), train_bias)
+        what, new = ("a reward model", None) if new_head is None else ("a policy", "score.weight")
+        classifier = load_model("AutoModelForSequenceClassification", folder, what, new, num_labels=1)
+        head = getattr(classifier, "score", None)
+        refuse(not isinstance(head, nn.Linear), f"{folder}: not a reward model: no linear head on a decoder")
+        if new_head is not None:
+            noise = new_head.standard_normal(head.weight.shape) / math.sqrt(head.weight.shape[1] + 1)
+            head.weight = nn.Parameter(torch.from_numpy(noise).float())
+        return cls(classifier, train_bias)
 
     def values(self, layout: Layout) -> Tensor:  # (B, T) of the state before each response token
         return self(layout, layout.index)
@@ -1219,43 +1221,94 @@ def compact_keys() -> Iterator[None]:
         DynamicCache.update = update
 
 
-def load_pretrained(auto: type, folder: str | Path, **options: object):
+def check_name(folder: str | Path) -> None:
+    """A folder, or owner/name on the Hub; but a slip in a folder's name should not download a stranger's model."""
+    hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(folder)) and not Path(str(folder).partition("/")[0]).exists()
+    refuse(not hub and not Path(folder).is_dir(), f"{folder}: no such folder")
+
+
+def load_pretrained(auto: str, folder: str | Path, **options: object):
     """A transformers object from a folder or the Hub; whatever goes wrong becomes one line that names the folder."""
-    looks_local = str(folder).startswith((".", "/", "~")) or str(folder).count("/") > 1
-    refuse(looks_local and not Path(folder).is_dir(), f"{folder}: no such folder")
-    try:
-        return auto.from_pretrained(folder, trust_remote_code=False, **options)
-    except Exception as error:  # whatever a broken folder makes transformers raise
-        raise InputError(f"{folder}: cannot load: {' '.join(str(error).split())[:200]}") from None
+    import transformers
+
+    check_name(folder)
+    with one_line(f"{folder}: cannot load"):
+        return getattr(transformers, auto).from_pretrained(folder, trust_remote_code=False, **options)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    tokenizer = load_pretrained(AutoTokenizer, folder)
-    refuse(tokenizer.eos_token_id is None, f"{folder}: the tokenizer has no EOS token, and responses must end with one")
+    """With an EOS, and tokens that the folder's model knows."""
+    tokenizer, config = (load_pretrained(auto, folder) for auto in ("AutoTokenizer", "AutoConfig"))
+    eos, size = tokenizer.eos_token_id, config.get_text_config().vocab_size
+    refuse(eos is None, f"{folder}: the tokenizer has no EOS token, and responses must end with one")
+    of_text = {*tokenizer.get_vocab().values()} - {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    refuse(not of_text, f"{folder}: has no tokenizer, or an empty one")
+    for what, token in (("EOS", eos), ("the last token", max(of_text))):
+        refuse(token >= size, f"{folder}: {what} is {token}, beyond the {size} rows of the model's embedding")
     return tokenizer
 
 
-def load_policy(folder: str | Path) -> PreTrainedModel:
-    """A causal language model, weights in float32 [D21], dropout off: it stays in eval mode, always [D11]."""
-    from transformers import AutoModelForCausalLM
+def load_model(auto: str, folder: str | Path, what: str, new: str | None = None, **options: object) -> PreTrainedModel:
+    """A decoder in float32 [D21], dropout off: it stays in eval mode, always [D11].
 
-    return load_pretrained(AutoModelForCausalLM, folder, dtype=torch.float32).eval()
+    transformers draws weights that a folder lacks, and passes over those it does not know. Here each must have its
+    place, but for the head `new`, which is to be drawn, and the one it replaces.
+    """
+    refuse(Path(folder, "adapter_config.json").is_file(), f"{folder}: an adapter: merge it into its model first")
+    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load_pretrained(auto, folder, **options)
+    model, config = model.eval(), model.config.get_text_config()
+    missing, unknown = (set(info[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
+    if new and hasattr(model, "score"):
+        trunk = "" if missing - {new} else model.base_model_prefix  # the head that is replaced stands beside it
+        unknown = {name for name in unknown if name.startswith(trunk)} | ({new} - missing)
+    misshapen, state = {name for name, *_ in info["mismatched_keys"]}, model.state_dict().items()
+    faults = {"missing": missing - {new}, "unknown": unknown, "misshapen": misshapen}
+    faults["not finite"] = {name for name, weight in state if not weight.isfinite().all()}
+    said = [f"{len(names)} {fault} ({min(names)})" for fault, names in faults.items() if names]
+    refuse(bool(said), f"{folder}: not {what}; of its weights {', '.join(said)}")
+    refuse(not any(p.requires_grad for p in model.parameters()), f"{folder}: none of its weights can be trained")
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False  # no loss here has a use for them, and sampling fails on them
+    rows = torch.tensor([range(1, 9), [1, 2, 3, 4, 6, 7, 8, 9]]) % config.vocab_size
+    with one_line(f"{folder}: cannot be run"), torch.no_grad():
+        one, other = model.base_model(input_ids=rows, use_cache=False)[0][:, :4]
+    same = (one - other).abs().max() <= 1e-5 * one.abs().max()
+    refuse(not same, f"{folder}: not a causal model: what it reads first changes with what comes later")
+    return model
+
+
+def load_policy(folder: str | Path) -> PreTrainedModel:
+    """A causal language model that samples as it scores: else PPO draws from one policy and trains another, and no
+    figure can tell. So some left-padded, cached steps of `sample_block` are compared with one pass over a row alone."""
+    policy, queries, seen = load_model("AutoModelForCausalLM", folder, "a policy"), [[1, 2, 3, 4, 5], [2, 3]], []
+    with one_line(f"{folder}: cannot be sampled from"), torch.no_grad():
+        hook = policy.get_output_embeddings().register_forward_hook(lambda module, args, logits: seen.append(logits))
+        responses = sample_block(policy, Batch(queries, [[], []]), torch.full((2, 4), 0.5), 1.0, eos_id=-1)
+        for query, response in zip(queries, responses):
+            response_logits(policy, lay_out(Batch([query], [response])))
+        hook.remove()
+        steps, alone = torch.cat(seen[:4], dim=1), torch.cat(seen[4:])
+        same = (steps - alone).abs().max() <= 1e-3 * alone.abs().max()
+    refuse(not same, f"{folder}: sampling, cached and padded on the left, gives other logits than reading a row alone")
+    return policy
 
 
 def check_room(model: PreTrainedModel, data: Data) -> None:
     """Refuse sequences longer than the model has positions for."""
     response = max(data.response_tokens, data.comparison_tokens)
-    need, have = data.query_tokens + response, getattr(model.config, "max_position_embeddings", math.inf)
+    need = data.query_tokens + response
+    have = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
     flags = f"--data.query-tokens {data.query_tokens} and responses of {response}"
     refuse(need > have, f"{flags} need {need} positions, {model.config.name_or_path} has {have}")
 
 
 def check_tokenizer(run: Run, folder: str | Path) -> None:
-    """Refuse a model that reads other tokens than the SFT model writes."""
-    same = load_tokenizer(folder).get_vocab() == load_tokenizer(run.path("sft")).get_vocab()
-    refuse(not same, f"{folder} and {run.path('sft')} have different tokenizers; all models of a run need one")
+    """Refuse a model that reads other tokens than the SFT model writes: texts of the run tell."""
+    sft, posts = run.path("sft"), read_posts(run, "valid")[:100]
+    codecs = [Codec(load_tokenizer(each), run.config.data) for each in (folder, sft)]
+    one, other = ([c.eos_id, c.uncut(posts), c.responses([post.summary for post in posts])] for c in codecs)
+    refuse(one != other, f"{folder} and {sft} have different tokenizers; all models of a run need one")
 
 
 def save_model(
@@ -1263,15 +1316,24 @@ def save_model(
 ) -> None:
     """A plain transformers folder with these weights, which are `Engine.weights(model)`. Its pad id is in range and not
     EOS, so that transformers' own sequence classification, which reads the last token that is not padding, reads the
-    score at EOS [D3]."""
-    eos, pad, size = tokenizer.eos_token_id, tokenizer.pad_token_id, model.config.vocab_size
+    score at EOS [D3]. Of generation it says these ids alone: flags of the base may mislead, or forbid the saving."""
+    check_finite(weights)
+    eos, pad, size = tokenizer.eos_token_id, tokenizer.pad_token_id, model.config.get_text_config().vocab_size
     if pad is None or pad == eos or pad >= size:
         candidates = [token for token in tokenizer.all_special_ids if token != eos and token < size]
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens([*candidates, 0 if eos != 0 else 1][0])
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.eos_token_id = eos
+    model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, eos
+    if model.can_generate():
+        ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        model.generation_config = type(model.generation_config)(eos_token_id=eos, **ids)
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
+
+
+def check_finite(weights: dict[str, Tensor]) -> None:
+    """What a last step has spoilt is not kept: the run can go on from before [D22]."""
+    for name, weight in weights.items():
+        refuse(not weight.isfinite().all(), f"{name} is not finite; try a lower learning rate [D22]", Stopped)
 
 
 # -----------------------------------------------------------------------------
@@ -1335,9 +1397,11 @@ def parse_comparison(record: dict) -> Comparison:
         refuse(not pair, "field 'summaries' is not two objects")
         refuse(type(choice) is not int or choice not in (0, 1), f"field 'choice' is {choice!r}, must be 0 or 1")
         extra = record["extra"] if isinstance(record.get("extra"), dict) else {}
-        kinds = [" vs ".join(sorted(str(summary.get("policy", "unknown")) for summary in summaries))]
-        kinds += [str(record["batch"])] if "batch" in record else []
-        kinds += [f"confidence {extra['confidence']}"] if "confidence" in extra else []
+        policies = " vs ".join(sorted(str(summary.get("policy", "unknown")) for summary in summaries))
+        of = {"policy": policies, "batch": record.get("batch"), "confidence": extra.get("confidence")}
+        kinds = [text_field({name: str(kind)}, name) for name, kind in of.items() if kind is not None]
+        kinds[2:] = [f"confidence {kind}" for kind in kinds[2:]]
+        info = {name: value for name, value in info.items() if value is not None}  # the Hub's copies have all names
         if "article" in info and "post" not in info:
             info, kinds = {"subreddit": "news", "title": "", "post": info["article"]} | info, [*kinds, "news articles"]
         post = parse_post({**info, "summary": ""})
@@ -1351,20 +1415,22 @@ TOLERATED = 0.01  # share of unusable records; more are an error
 
 def read_records(path: Path, parse: Callable[[dict], NamedTuple]) -> tuple[list, list[str]]:
     """Parsed records of a JSON Lines file (.gz too), and complaints about what was left out: file, line, field."""
-    records, unusable, number = [], [], 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    record = json.loads(line.decode("utf-8"))
-                    refuse(not isinstance(record, dict), "not a JSON object")
-                    records.append(parse(record))
-                except (ValueError, RecursionError) as error:
-                    unusable.append(f"line {number}: {error}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: {error}") from None
-    complaint = f"{path}: {len(unusable):,} of {number:,} records are unusable: {'; '.join(unusable[:3])}"
-    refuse(len(unusable) > TOLERATED * number, f"{complaint} (at most {TOLERATED:.0%} may be)")
+    records, unusable, bad, line = [], [], 0, b""
+    with one_line(str(path)), gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                refuse(not isinstance(record, dict), "not a JSON object")
+                records.append(parse(record))
+            except (ValueError, RecursionError) as error:
+                bad += 1
+                unusable += [f"line {number}: {error}"] if bad <= 3 else []
+            if bad > 10_000 + len(records):  # it may have no end
+                break
+    if bad and line.isspace():  # the last: many a program writes one
+        bad, unusable = bad - 1, unusable[: bad - 1]
+    complaint = f"{path}: {bad:,} of {bad + len(records):,} records are unusable: {'; '.join(unusable)}"
+    refuse(bad > TOLERATED * (bad + len(records)), f"{complaint} (at most {TOLERATED:.0%} may be)")
     refuse(not records, f"{path}: no records")
     return records, [complaint] if unusable else []
 
@@ -1416,8 +1482,10 @@ class Codec:
         return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids if texts else []
 
     def uncut(self, posts: Sequence[Post]) -> list[list[int]]:
-        """The template filled in [D1], however long."""
-        return [self.start + q for q in self.encode([self.data.query_format.format(**p.fields()) for p in posts])]
+        """The template filled in [D1], however long; of a text beyond all measure only the beginning is encoded."""
+        most, filled = 64 * self.data.query_tokens, self.data.query_format.format
+        texts = [filled(**{name: text[:most] for name, text in post.fields().items()}) for post in posts]
+        return [self.start + query for query in self.encode(texts)]
 
     def queries(self, posts: Sequence[Post]) -> list[list[int]]:
         """Queries, cut at a paragraph where they exceed `query_tokens` [D2]; [] where even the title does."""
@@ -1662,8 +1730,9 @@ def read_examples(run: Run, split: str, codec: Codec) -> Batch:
     """Posts with summaries, but for those that would lose their EOS to the length limit [D4]."""
     posts, queries = read_prompts(run, split, codec)
     batch, limit = Batch(queries, codec.responses([post.summary for post in posts])), codec.data.response_tokens
-    fits = [len(response) <= limit for response in batch.responses]
-    return batch[fitting(run, f"{split} summaries", f"longer than --data.response-tokens {limit}", fits, posts)]
+    fits = [bool(p.summary.strip()) and len(response) <= limit for p, response in zip(posts, batch.responses)]
+    why = f"empty, or longer than --data.response-tokens {limit}"
+    return batch[fitting(run, f"{split} summaries", why, fits, posts)]
 
 
 def read_rankings(run: Run, split: str, codec: Codec) -> tuple[list[Ranking], list[tuple[str, ...]]]:
@@ -1740,7 +1809,7 @@ def evaluate(run: Run) -> None:
     def prefer(a: str, b: str) -> np.ndarray:  # (N,)
         if vote is None:
             return wins_of(marks[a][row], marks[b][row])
-        return engine.broadcast(votes(vote, posts, texts[a], texts[b]) if engine.rank == 0 else None)
+        return engine.once(votes, vote, posts, texts[a], texts[b])
 
     report(run, posts, texts, marks, prefer)
 
@@ -1783,9 +1852,11 @@ def votes(judge: Callable[[str, str, str], float], posts: Sequence[Post], a: lis
     """A judge's preference for a, the mean over both orders: who likes what stands first cancels out."""
     result = []
     for post, one, two in zip(posts, a, b):
-        given = judge(post.post, one, two), judge(post.post, two, one)
-        refuse(not set(given) <= {0, 0.5, 1}, f"--evaluate.judge returned {given[0]!r}, {given[1]!r}; not 0, 0.5 or 1")
-        result.append((given[0] + 1 - given[1]) / 2)
+        with one_line("--evaluate.judge", judge, one):
+            given = judge(post.post, one, two), judge(post.post, two, one)
+            usable = all(vote in (0, 0.5, 1) for vote in given)
+            refuse(not usable, f"--evaluate.judge returned {reprlib.repr(given)}; each should be 0, 0.5 or 1")
+            result.append((given[0] + 1 - given[1]) / 2)
     return np.array(result, dtype=float)
 
 
@@ -2101,13 +2172,40 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message says what, where and why."""
 
 
-class Diverged(InputError):
-    """Training has left the finite numbers."""
+class Stopped(InputError):
+    """Numbers that are not finite, a user's function that fails: once that is mended, the run can go on."""
 
 
-def refuse(condition: bool, message: str) -> None:
+def refuse(condition: bool, message: str, kind: type[InputError] = InputError) -> None:
     if condition:
-        raise InputError(message)
+        raise kind(message)
+
+
+READ = os.getcwd, torch.is_grad_enabled, torch.get_default_dtype, torch.get_num_threads  # what others may change
+RESET = os.chdir, torch.set_grad_enabled, torch.set_default_dtype, torch.set_num_threads
+NOT_THEIRS = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).resolve()), __file__, "<")
+
+
+@contextmanager
+def one_line(what: str, function: Callable | None = None, text: str = "") -> Iterator[None]:
+    """Inside runs code of others, as a user's `function` asked about a text. Whatever it raises becomes one line, with
+    the user's line that led to it; what it changed about the process is undone."""
+    before = [read() for read in READ]
+    try:
+        yield
+    except (KeyboardInterrupt, InputError):
+        raise
+    except BaseException as error:  # sys.exit(0), too: the run would end as if it were finished
+        code, trace = getattr(function, "__code__", None), traceback.extract_tb(error.__traceback__)
+        places = [(code.co_filename, code.co_firstlineno)] if code else []
+        places += [(frame.filename, frame.lineno) for frame in trace if not frame.filename.startswith(NOT_THEIRS)]
+        places += [(error.filename, error.lineno)] if isinstance(error, SyntaxError) else []
+        said = " ".join(traceback.format_exception_only(error)[-1].split())[:200]
+        said += "".join(f" ({Path(str(file)).name}, line {line})" for file, line in places[-1:])
+        raise Stopped(f"{what}: {said}" + f", for {text[:60]!r}" * bool(function and text)) from None
+    finally:
+        for reset, value in zip(RESET, before):
+            reset(value)
 
 
 @dataclass(frozen=True)
@@ -2455,13 +2553,15 @@ class Engine:
         # Beside bfloat16, what is float32 may use the matrix units too: TF32 rounds factors to 11 bits.
         torch.set_float32_matmul_precision("high" if bfloat16 and device.type == "cuda" else "highest")
         if device.type == "cuda":
-            local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-            refuse(local >= there, f"process {local} has no GPU of its own: there are {there}")
-            torch.cuda.set_device(local)
+            processes, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+            refuse(processes > there, f"{processes} processes need a GPU each: there are {there}")
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if dist.is_torchelastic_launched() and not dist.is_initialized():  # started by torchrun
             patience = timedelta(hours=12)  # while process 0 alone writes a large checkpoint, or asks a slow judge
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         many = dist.is_initialized()
+        lost = not many and int(os.environ.get("WORLD_SIZE", 1)) > 1
+        refuse(lost, "WORLD_SIZE asks for several processes: start them with torchrun, or each is a run of its own")
         refuse(compute.shard and not many, "--compute.shard spreads weights over processes: start them with torchrun")
         rank, world = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
         return cls(device, bfloat16, compute.micro_batch_size, compute.sample_batch_size, compute.shard, rank, world)
@@ -2537,15 +2637,22 @@ class Engine:
         dist.all_gather_object(parts, mine)
         return {key: value for part in parts for key, value in part.items()}
 
-    def broadcast(self, value: object) -> object:
-        """Process 0's value, in all of them; all wait for it."""
-        values = [value]
-        if self.world > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
+    def once(self, function: Callable[..., object], *args: object) -> object:
+        """What process 0 gets from it, a value or an error, in all of them; all wait for it."""
+        if self.world == 1:
+            return function(*args)
+        results: list = [None]
+        try:
+            results = [function(*args)] if self.rank == 0 else results
+        except (InputError, OSError) as error:
+            results = [error]
+        dist.broadcast_object_list(results)
+        refuse(isinstance(results[0], Exception), f"{results[0]}", type(results[0]))
+        return results[0]
 
 
 LOGS = ("metrics.jsonl", "samples.jsonl")
+LOCK = "lock"  # held by the process that writes
 STATE = "checkpoint.pt"  # how far a run has come; gone when it is finished
 
 SHOWN = {
@@ -2578,15 +2685,20 @@ class Run:
         # Stages that are finished, and the lengths of the logs. In the middle of a stage: its name, the next step, and
         # "model" and "optim", all that steps change.
         self.progress: dict = {"finished": [], "sizes": dict.fromkeys(LOGS, 0), "stage": "", "step": 0}
+        inputs = self.engine.once(fingerprints, config)
         if config.resume:
             self.folder = config.resume
             record, changes = continued(self.folder, config)
+            self.engine.once(self.lock)
             self.note(changes)
             self.load_progress()
+            others = [path for path, was in self.progress.get("inputs", {}).items() if inputs.get(path) != was]
+            refuse(bool(others), f"--resume {self.folder}: {' '.join(others)} is not what it was when the run began")
         else:
-            self.folder = self.engine.broadcast(fresh_folder(config.folder) if self.engine.rank == 0 else None)
+            self.folder = self.engine.once(fresh_folder, config.folder)
             record = provenance(config)
-            self.save_progress(self.progress)
+            self.engine.once(self.lock)
+            self.save_progress(self.progress | {"inputs": inputs})
         self.write("config.json", partial(write_json, record))
         self.writer = None
         if config.track and self.engine.rank == 0:
@@ -2598,18 +2710,23 @@ class Run:
 
     def write(self, name: str, function: Callable[[Path], None]) -> None:
         """Let `function` write a file or folder of this run, whole or not at all; process 0 writes, the others wait."""
-        target = self.folder / name
-        if self.engine.rank == 0:
-            target.parent.mkdir(exist_ok=True)
-            part = target.with_name(target.name + ".part")
-            discard(part)
-            function(part)
-            to_disk(part, *part.rglob("*"))
-            if target.is_dir():
-                discard(target)
-            part.replace(target)
-            to_disk(target.parent)
-        self.engine.broadcast(None)
+        self.engine.once(write_whole, self.folder / name, function)
+
+    def lock(self) -> None:
+        """One process at a time writes here. The system takes the lock from one that ends, however it ends."""
+        import fcntl
+
+        for name in (*LOGS, LOCK):
+            refuse((self.folder / name).is_symlink(), f"{self.folder / name} is a link: it would be written to")
+        self.locked = open(self.folder / LOCK, "a+")  # noqa: SIM115, as long as the run has it open
+        try:
+            fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.locked.seek(0)
+            holder = self.locked.read().strip()
+            refuse(holder != str(os.getpid()), f"{self.folder} is in use by process {holder}")
+        self.locked.truncate(0)
+        print(os.getpid(), file=self.locked, flush=True)
 
     def find(self, name: str, remedy: str) -> Path:
         """A file or subfolder of this run or of --from-run, to read from."""
@@ -2653,7 +2770,8 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.engine.rank == 0:
-            tqdm.write(text, file=sys.stdout)
+            with suppress(*[OSError] * self.interrupted):  # the terminal may be gone, and the step is still to be saved
+                tqdm.write(text, file=sys.stdout)
 
     def note(self, texts: Iterable[str]) -> None:
         """Once each."""
@@ -2669,7 +2787,7 @@ class Run:
         """One line of metrics.jsonl; the numbers that matter on the screen."""
         for name, value in statistics.items():
             if not math.isfinite(value):
-                raise Diverged(f"{name} is {value} [D22]")
+                raise Stopped(f"{name} is {value} [D22]")
         seconds = round(time.monotonic() - self.started, 3)
         self.append("metrics.jsonl", {"stage": self.stage, "step": self.step, "seconds": seconds} | statistics)
         for name, value in statistics.items() if self.writer else ():
@@ -2690,7 +2808,7 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return []
-        with open(path, encoding="utf-8") as lines:
+        with one_line(f"{path} is not what a run writes"), open(path, encoding="utf-8") as lines:
             return [record for record in map(json.loads, lines) if record["stage"] == stage]
 
     # steps, and how far the run has come
@@ -2714,7 +2832,9 @@ class Run:
         if self.progress["stage"] == stage:
             first, rates = self.progress["step"], [group["initial_lr"] for group in optimizer.param_groups]
             state = {"model_state_dict": self.progress.pop("model"), "optim_state_dict": self.progress.pop("optim")}
-            set_state_dict(models, optimizer, **state, options=StateDictOptions(full_state_dict=True))
+            with one_line(f"{self.folder / STATE} is not usable"):
+                refuse(not 0 < first <= total, f"{self.folder / STATE} is not usable: step {first} of {total}")
+                set_state_dict(models, optimizer, **state, options=StateDictOptions(full_state_dict=True))
             for group, rate in zip(optimizer.param_groups, rates):
                 group["initial_lr"] = rate  # the flag's, which may have changed
             self.say(f"going on after step {first:,} of {total:,}")
@@ -2727,9 +2847,10 @@ class Run:
                     yield self.step
                     self.bar.update()
                     due = time.monotonic() - self.saved >= 60 * self.config.compute.checkpoint_minutes
-                    due, interrupted = self.engine.broadcast((due, self.interrupted))
+                    due, interrupted = self.engine.once(lambda due=due: (due, self.interrupted))
                     if due or interrupted:
                         model, optim = get_state_dict(models, optimizer, options=whole)
+                        self.engine.once(check_finite, model)
                         self.save_progress({"stage": stage, "step": self.step + 1, "model": model, "optim": optim})
                     if interrupted:
                         raise KeyboardInterrupt
@@ -2743,7 +2864,8 @@ class Run:
         for path in paths.values():
             to_disk(path)
         sizes = {name: path.stat().st_size for name, path in paths.items()}
-        progress = {"finished": self.progress["finished"], "sizes": sizes} | progress
+        inputs = self.progress.get("inputs", {})
+        progress = {"finished": self.progress["finished"], "inputs": inputs, "sizes": sizes} | progress
         self.write(STATE, partial(torch.save, progress))
         self.progress = {name: value for name, value in progress.items() if name not in ("model", "optim")}
         self.saved = time.monotonic()
@@ -2752,17 +2874,20 @@ class Run:
         """Begin where the checkpoint was written, and forget what was logged later: it will be logged again."""
         path = self.folder / STATE
         refuse(not path.exists(), f"--resume {self.folder} has no {STATE}, so it is finished; --from-run can use it")
-        try:  # weights_only: no code runs
-            self.progress = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # whatever a broken file makes torch.load say
-            reason = " ".join(str(error).split())[:80]
-            raise InputError(f"{path} is not usable ({reason}); --from-run can use what is finished") from None
-        for log in (self.folder / name for name in LOGS if self.engine.rank == 0):
-            if log.exists():
-                os.truncate(log, min(log.stat().st_size, self.progress["sizes"].get(log.name, 0)))
+        with one_line(f"{path} is not usable, --from-run can use what is finished"):  # weights_only: no code runs
+            state = self.progress = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            sizes = [state["sizes"].get(name, 0) for name in LOGS]
+            parts = [state[name] for name in ("model", "optim") if state["stage"]] + [state.get("inputs", {})]
+            usual = {*map(type, parts)} == {dict} and {*map(type, (state["step"], *sizes))} == {int}
+            refuse(not usual or not {*state["finished"]} <= {*STAGES}, f"{path} is not usable: it has another form")
+        for log, size in zip(LOGS, sizes) if self.engine.rank == 0 else ():
+            if (self.folder / log).exists():
+                os.truncate(self.folder / log, max(0, min((self.folder / log).stat().st_size, size)))
 
-    def stop(self, *_: object) -> None:
-        """SIGINT or SIGTERM: finish the step and save, where one can; elsewhere, or the second time, end at once."""
+    def stop(self, number: int = 0, *_: object) -> None:
+        """A signal: finish the step and save, where one can; elsewhere, or the second time, end at once."""
+        if self.interrupted and number == getattr(signal, "SIGHUP", None):
+            return  # a terminal that closes may say so twice
         if self.interrupted or not self.in_steps:
             raise KeyboardInterrupt
         self.interrupted = True
@@ -2785,6 +2910,7 @@ class Run:
             self.writer.close()
         if self.engine.rank == 0:
             discard(self.folder / STATE)
+            discard(self.folder / LOCK)
         self.say("\ntime: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in self.seconds.items()))
         self.say(f"peak memory: {peak_memory(self.engine.device)}")
         self.say(f"written to {self.folder}: {', '.join(sorted(path.name for path in self.folder.iterdir()))}")
@@ -2794,8 +2920,10 @@ def check_places(config: Config) -> None:
     """Files, folders and functions that flags name: a slip should not wait for the stage that needs it."""
     for folder in config.from_run:
         refuse(not folder.is_dir(), f"--from-run {folder}: no such folder")
-    for flag, path in flags_of({"data": asdict(config.data)}).items():
-        refuse(isinstance(path, Path) and not path.is_file(), f"{flag} {path}: no such file")
+    for flag, value in given(config).items():
+        refuse(isinstance(value, Path) and not value.is_file(), f"{flag} {value}: no such file")
+        if isinstance(value, str):
+            check_name(value)
     no_tensorboard = config.track and importlib.util.find_spec("tensorboard") is None
     refuse(no_tensorboard, "--track needs TensorBoard: pip install 'pmo[track]'")
     judge = config.evaluate.judge
@@ -2805,6 +2933,23 @@ def check_places(config: Config) -> None:
         load_function("--ppo.reward-function", config.ppo.reward_function)
 
 
+def given(config: Config) -> dict[str, Path | str]:
+    """What flags name: files of data, as paths, and models, as text."""
+    flags, data = flags_of(asdict(config)), flags_of({"data": asdict(config.data)})
+    files = {flag: value for flag, value in data.items() if isinstance(value, Path)}
+    return files | {flag: value for flag, value in flags.items() if value and flag.endswith("model")}
+
+
+def fingerprints(config: Config) -> dict[str, int]:
+    """Of all that a run is given: one that goes on should find it as it was."""
+    marks, paths = {}, [*map(Path, given(config).values())]
+    for path in paths + [each / name for each in config.from_run for name in ("data", "base", "sft", "reward", "ppo")]:
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file() and file.stat().st_size:
+                marks[str(path)] = zlib.crc32(np.memmap(file, mode="r"), marks.get(str(path), 0))
+    return marks
+
+
 def peak_memory(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory"
@@ -2812,6 +2957,23 @@ def peak_memory(device: torch.device) -> str:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB"
+
+
+def write_whole(target: Path, function: Callable[[Path], None]) -> None:
+    target.parent.mkdir(exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    discard(part)
+    try:
+        function(part)
+    except Exception as error:  # torch.save and safetensors make something else of a full disk's OSError
+        full = "os error 28" in str(error) or shutil.disk_usage(target.parent).free < 2**20
+        refuse(full and not isinstance(error, InputError), f"[Errno 28] No space left on device: {part}", Stopped)
+        raise
+    to_disk(part, *part.rglob("*"))
+    if target.is_dir():
+        discard(target)
+    part.replace(target)
+    to_disk(target.parent)
 
 
 def discard(path: Path) -> None:
@@ -2833,10 +2995,12 @@ def to_disk(*paths: Path) -> None:
 def fresh_folder(folder: Path | None) -> Path:
     """Make the folder asked for, or the next free runs/run-001; a run never writes into another's folder."""
     try:
-        folder = folder or next(f for i in range(1, 10**6) if not (f := Path(f"runs/run-{i:03d}")).exists())
-        folder.mkdir(parents=True)
-        return folder
+        free = folder or next(f for i in range(1, 10**6) if not (f := Path(f"runs/run-{i:03d}")).exists())
+        free.mkdir(parents=True)
+        return free
     except FileExistsError:
+        if folder is None:  # another run was faster
+            return fresh_folder(None)
         raise InputError(f"--folder {folder} exists: choose another, or remove it") from None
     except OSError as error:
         raise InputError(f"--folder {folder}: cannot write there ({error.strerror})") from None
@@ -2844,12 +3008,10 @@ def fresh_folder(folder: Path | None) -> Path:
 
 def stored(folder: Path) -> dict:
     """config.json of a run."""
-    try:
+    with one_line(f"{folder} is not the folder of a run"):
         record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        flags_of(record["config"])
-        return record
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-        raise InputError(f"{folder} is not the folder of a run: {error}") from None
+        flags_of({**record["config"], **record["config"]["data"]})
+        return record | {"resumed": [*record.get("resumed", [])]}
 
 
 def continued(folder: Path, config: Config) -> tuple[dict, list[str]]:
@@ -2863,7 +3025,7 @@ def continued(folder: Path, config: Config) -> tuple[dict, list[str]]:
     told = {flag: f"{flag} was {was.get(flag)}, is {flags[flag]}" for flag in changed}
     refused = [told[flag] for flag in changed if not flag.startswith("--compute.") and not flag.endswith("lr")]
     refuse(bool(refused), f"--resume {folder} was started with other flags: {'; '.join(refused)}")
-    resumed = [*record.get("resumed", []), now | {"config": told}]
+    resumed = [*record["resumed"], now | {"config": told}]
     return record | {"config": now["config"], "resumed": resumed}, [f"note: {text}" for text in told.values()]
 
 
@@ -2875,7 +3037,7 @@ def arguments_of(folder: Path) -> list[str]:
             section, _, name = flag.rpartition(".")
             arguments.append(flag if value else f"{section}.no-{name}" if section else f"--no-{flag[2:]}")
         elif isinstance(value, list):
-            arguments += [flag, *value] if value else []
+            arguments += [flag, *map(str, value)] if value else []
         elif value is not None and flag not in ("--folder", "--resume"):
             arguments += [flag, str(value)]
     return arguments
@@ -2907,8 +3069,10 @@ def start(config: Config) -> Path:
     work = {"corpus": corpus, "pretrain": pretrain, "sft": sft, "compare": compare, "reward": reward, "ppo": ppo}
     work["evaluate"] = evaluate
     run = Run(config)
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, run.stop) for number in signals}
+    signals = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
+    alone = threading.current_thread() is threading.main_thread()  # which alone hears signals; under nohup not all
+    heard = [number for number in signals if alone and number and signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, run.stop) for number in heard}
     try:
         run.introduce()
         for stage in config.stages:
@@ -2916,9 +3080,13 @@ def start(config: Config) -> Path:
                 run.enter(stage)
                 work[stage](run)
                 run.leave()
-    except Diverged as error:
+    except Stopped as error:
         where, remedy = f"{run.stage}, step {run.step + 1}", "goes on from before, and learning rates may change"
-        raise Diverged(f"{where}: {error}; --resume {run.folder} {remedy}") from None
+        raise Stopped(f"{where}: {error}; --resume {run.folder} {remedy}") from None
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise ConnectionError(f"another process has ended; go on with --resume {run.folder}") from None
+        raise
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on with --resume {run.folder}") from None
     finally:
@@ -2959,14 +3127,16 @@ def outcome(folder: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character should not end a run
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character should not end a run
     try:
         config = tyro.cli(Config)
         if config.resume:  # the flags it was started with, then those given now, which override them
             config = tyro.cli(Config, args=[*arguments_of(config.resume), *sys.argv[1:]])
         (sweep if config.sweep else start)(config)
     except (InputError, OSError) as error:  # OSError: a disk that is full or read-only
-        print(f"pmo: {error}", file=sys.stderr)
+        if isinstance(error, ConnectionError) or os.environ.get("LOCAL_RANK", "0") == "0":  # the rest is everybody's
+            print(f"pmo: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
         remedies = "--compute.micro-batch-size, --compute.sample-batch-size, or with several processes --compute.shard"
