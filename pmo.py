@@ -698,10 +698,8 @@ def bad_signs(history: list[dict[str, float]]) -> Iterator[str]:
     if quarter >= 2 and "objective/labeler" in last:
 
         def rise(name: str) -> float:
-            early, late = (
-                sum(u[f"objective/{name}"] for u in part) for part in (history[:quarter], history[-quarter:])
-            )
-            return (late - early) / quarter
+            values = [update[f"objective/{name}"] for update in history]
+            return (sum(values[-quarter:]) - sum(values[:quarter])) / quarter
 
         if rise("raw_scores") > 0 and rise("labeler") < -0.02:
             yield "scores rise while the labeler's fall: reward hacking, raise --ppo.kl-coef"
@@ -2349,9 +2347,8 @@ class PPO:
 
     def after(self, update: list[dict[str, float]]) -> PPO:
         """With the price of KL(old to new) that the last update, if there was one, asks for [1, eq. 8]."""
-        return (
-            replace(self, penalty_coef=update[0].get("policy/next_penalty_coef", self.penalty_coef)) if update else self
-        )
+        coef = update[0].get("policy/next_penalty_coef", self.penalty_coef) if update else self.penalty_coef
+        return replace(self, penalty_coef=coef)
 
 
 @dataclass(frozen=True)
