@@ -452,11 +452,8 @@ def read_tokens(
         logits, values = logits_and_values(models.policy, models.value_model, layout)
         return [logprobs_of(logits, layout.responses, temperature), entropy_of(logits, temperature), values]
 
-    def reference(layout: Layout) -> list[Tensor]:
-        return [response_logprobs(models.ref_policy, layout, temperature)]
-
     logprobs, entropy, values = map_rows(batch, engine, policy_and_value, groups)
-    (ref_logprobs,) = map_rows(batch, engine, reference)
+    ref_logprobs = batch_logprobs(models.ref_policy, batch, temperature, engine)
     lengths = torch.tensor([len(response) for response in batch.responses], device=engine.device)
     has_eos = torch.tensor([response[-1] == eos_id for response in batch.responses], device=engine.device)
     mask = length_mask(lengths, logprobs.shape[1])
@@ -631,7 +628,7 @@ def set_parameters(parameters: list[Tensor], theta: Tensor) -> None:
 
 def update_kl(policy: PreTrainedModel, rollout: Rollout, temperature: float, engine: Engine) -> float:
     """KL(π_old ‖ π) per token of the rollout: how far the update has gone."""
-    (logprobs,) = map_rows(rollout.batch, engine, lambda layout: [response_logprobs(policy, layout, temperature)])
+    logprobs = batch_logprobs(policy, rollout.batch, temperature, engine)
     return masked_mean(kl_estimate(rollout.logprobs, logprobs, "k3"), rollout.mask).item()
 
 
@@ -861,8 +858,7 @@ def language_model_losses(model: PreTrainedModel, prompt_weight: float, part: Ba
 
 def held_out_loss(model: PreTrainedModel, batch: Batch, engine: Engine) -> float:
     """Nats per response token."""
-    (logprobs,) = map_rows(batch, engine, lambda layout: [response_logprobs(model, layout, temperature=1.0)])
-    return -logprobs.sum().item() / batch.response_tokens
+    return -batch_logprobs(model, batch, 1.0, engine).sum().item() / batch.response_tokens
 
 
 def reward(run: Run) -> None:
@@ -1130,6 +1126,10 @@ def shares_queries(model: nn.Module, queries: list[list[int]], data: Data) -> bo
     except Exception:  # whatever a model says to a mask it does not know
         return False
     return bool((one - other).abs().max() < 1e-3 * max(1.0, one.abs().max().item()))
+
+
+def batch_logprobs(policy: PreTrainedModel, batch: Batch, temperature: float, engine: Engine) -> Tensor:  # (B, T)
+    return map_rows(batch, engine, lambda layout: [response_logprobs(policy, layout, temperature)])[0]
 
 
 def scores_of(model: ScalarModel, batch: Batch, engine: Engine) -> Tensor:  # (B,)
@@ -1838,12 +1838,8 @@ def kl_of(
     policy: PreTrainedModel, other: PreTrainedModel, batch: Batch, temperature: float, engine: Engine
 ) -> np.ndarray:
     """log π − log π_other of each of π's own responses, (N,): its mean estimates KL(π ‖ π_other) in nats."""
-
-    def log_ratio(layout: Layout) -> list[Tensor]:
-        one, two = (response_logprobs(model, layout, temperature) for model in (policy, other))
-        return [one - two]
-
-    return map_rows(batch, engine, log_ratio)[0].sum(1).cpu().double().numpy()
+    one, two = (batch_logprobs(model, batch, temperature, engine) for model in (policy, other))
+    return (one - two).sum(1).cpu().double().numpy()
 
 
 def votes(judge: Callable[[str, str, str], float], posts: Sequence[Post], a: list[str], b: list[str]) -> np.ndarray:
