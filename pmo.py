@@ -81,7 +81,7 @@ from functools import cached_property, partial
 from itertools import chain, combinations, groupby
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -391,13 +391,16 @@ class Models(NamedTuple):
     policy: PreTrainedModel
     value_model: ScalarModel | ValueHead | None
     ref_policy: PreTrainedModel
-    reward_model: ScalarModel | RewardFunction
+    reward_model: Scorer
 
     def learned(self) -> dict[str, nn.Module]:
         return {"policy": self.policy} | ({"value_model": self.value_model} if self.value_model is not None else {})
 
 
 RewardFunction = Callable[[str, str, dict], float]  # a rule: of post, response, and the post's record in the data file
+Scorer: TypeAlias = "ScalarModel | RewardFunction"
+Minibatch: TypeAlias = "Batch | Rankings | Rollout"
+Losses: TypeAlias = "Callable[[Minibatch, Minibatch], dict[str, Tensor]]"  # of a micro-batch and its minibatch
 
 
 @dataclass(frozen=True)
@@ -539,10 +542,7 @@ def ppo_losses(models: Models, config: PPO, part: Rollout, whole: Rollout) -> di
 
 
 def optimizer_step(
-    engine: Engine,
-    optimizer: torch.optim.Optimizer,
-    minibatch: Batch | Rankings | Rollout,
-    losses: Callable[[Batch | Rankings | Rollout, Batch | Rankings | Rollout], dict[str, Tensor]],
+    engine: Engine, optimizer: torch.optim.Optimizer, minibatch: Minibatch, losses: Losses
 ) -> dict[str, float]:
     """One step on a minibatch, in micro-batches of similar length. Every stage learns through this function.
 
@@ -560,11 +560,7 @@ def optimizer_step(
     return statistics | {"lr": optimizer.param_groups[0]["lr"]}
 
 
-def accumulate(
-    engine: Engine,
-    minibatch: Batch | Rankings | Rollout,
-    losses: Callable[[Batch | Rankings | Rollout, Batch | Rankings | Rollout], dict[str, Tensor]],
-) -> dict[str, Tensor]:
+def accumulate(engine: Engine, minibatch: Minibatch, losses: Losses) -> dict[str, Tensor]:
     """The gradient of a minibatch's loss, and all its statistics: the sums over its micro-batches."""
     totals: dict[str, Tensor] = {}
     for rows, counts in engine.shard(micro_batches(minibatch, engine.micro_batch_size)):
@@ -727,7 +723,7 @@ def load_models(run: Run) -> Models:
     return Models(policy, value_model, ref_policy, reward_model)
 
 
-def load_scorer(run: Run) -> ScalarModel | RewardFunction:
+def load_scorer(run: Run) -> Scorer:
     """What PPO is trained on: a frozen reward model, or a rule [7]."""
     if run.config.ppo.reward_function is not None:
         return load_function("--ppo.reward-function", run.config.ppo.reward_function)
@@ -1077,10 +1073,7 @@ def response_logprobs(policy: PreTrainedModel, layout: Layout, temperature: floa
 
 @torch.no_grad()
 def map_rows(
-    batch: Batch,
-    engine: Engine,
-    function: Callable[[Layout], Sequence[Tensor]],
-    groups: list[list[int]] | None = None,
+    batch: Batch, engine: Engine, function: Callable[[Layout], Sequence[Tensor]], groups: list[list[int]] | None = None
 ) -> list[Tensor]:
     """`function` of every row, in micro-batches (`groups`, else of similar length), without gradient.
 
@@ -1600,9 +1593,7 @@ class Layout(NamedTuple):
     everything is as if it stood alone behind the query (Liu et al. 2025, Prefix Grouper, arXiv 2506.05433).
     """
 
-    inputs: dict[
-        str, Tensor
-    ]  # input_ids (R, W) without gaps; position_ids (R, W) and attention_mask (R, 1, W, W) if need be
+    inputs: dict[str, Tensor]  # input_ids (R, W), no gaps; position_ids (R, W), attention_mask (R, 1, W, W) if need be
     row: Tensor  # (B, 1) in which a response stands
     index: Tensor  # (B, T) where the model has read everything before response token t
     last: Tensor  # (B, 1) where it has read the whole response
@@ -1674,7 +1665,7 @@ def packed(sizes: Sequence[int], limit: int) -> list[list[int]]:
     return packs
 
 
-def micro_batches(batch: Batch | Rankings | Rollout, size: int) -> list[list[int]]:
+def micro_batches(batch: Minibatch, size: int) -> list[list[int]]:
     """Rows in groups of similar length, `size` responses each: less padding, same sums, as losses divide once [D20]."""
     parts = sorted(batch.parts(size), key=lambda part: part[2])
     packs = packed([responses for _, responses, _ in parts], size)
@@ -1813,12 +1804,7 @@ def evaluate(run: Run) -> None:
 
 
 def marks_of(
-    posts: Sequence[Post],
-    batch: Batch,
-    codec: Codec,
-    labeler: Labeler,
-    scorers: dict[str, ScalarModel | RewardFunction],
-    engine: Engine,
+    posts: Sequence[Post], batch: Batch, codec: Codec, labeler: Labeler, scorers: dict[str, Scorer], engine: Engine
 ) -> Marks:
     """A writer's marks. "other post" is what the same texts get for a post they are not about: style alone."""
     texts, others = [codec.text(response) for response in batch.responses], far_away(posts)
