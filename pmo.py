@@ -2415,28 +2415,21 @@ class Config:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        data, ppo = self.data, self.ppo
-        refuse((data.train is None) != (data.valid is None), "--data.train and --data.valid need each other")
+        data, ppo, flags = self.data, self.ppo, flags_of(asdict(self))
+        for one, other in (("--data.train", "--data.valid"), ("--data.comparisons-train", "--data.comparisons-valid")):
+            refuse((flags[one] is None) != (flags[other] is None), f"{one} and {other} need each other")
         refuse(data.test is not None and data.train is None, "--data.test needs --data.train and --data.valid")
-        alone = (data.comparisons_train is None) != (data.comparisons_valid is None)
-        refuse(alone, "--data.comparisons-train and --data.comparisons-valid need each other")
         fields = {name for _, name, *_ in Formatter().parse(data.query_format) if name is not None}
         refuse("post" not in fields, "--data.query-format has no {post} in it")
         for name in fields - {"subreddit", "title", "post"}:
             refuse(True, f"--data.query-format: posts have no {{{name}}}")
-        flags = flags_of(asdict(self))
-        for whole, part in (
-            ("--pretrain.width", "--pretrain.heads"),
-            ("--ppo.batch-size", "--ppo.num-minibatches"),
-            ("--ppo.batch-size", "--ppo.responses-per-query"),
-        ):
+        for whole, part in (("--pretrain.width", "--pretrain.heads"), ("--ppo.batch-size", "--ppo.num-minibatches")):
             refuse(flags[whole] % flags[part] != 0, f"{whole} {flags[whole]} is not a multiple of {part} {flags[part]}")
-        size, G = ppo.minibatch_size, ppo.responses_per_query
-        cut = f"--ppo.num-minibatches {ppo.num_minibatches} leaves {size} responses in each, no multiple of"
-        refuse(size % G != 0, f"{cut} --ppo.responses-per-query {G}")
-        episodes = f"--ppo.total-episodes {ppo.total_episodes} is"
-        small = f"{episodes} less than one batch, --ppo.batch-size {ppo.batch_size}"
-        refuse(ppo.total_episodes < ppo.batch_size, small)
+        size, G, batch = ppo.minibatch_size, ppo.responses_per_query, f"--ppo.batch-size {ppo.batch_size}"
+        minibatch = f"{batch} in --ppo.num-minibatches {ppo.num_minibatches} is {size} responses in each"
+        refuse(size % G != 0, f"{minibatch}, not a multiple of --ppo.responses-per-query {G}")
+        few = f"--ppo.total-episodes {ppo.total_episodes} is less than one batch, {batch}"
+        refuse(ppo.total_episodes < ppo.batch_size, few)
         refuse(ppo.baseline == "group" and G == 1, "--ppo.baseline group needs --ppo.responses-per-query 2 or more")
         refuse(ppo.baseline == "batch" and ppo.batch_size == 1, "--ppo.baseline batch needs --ppo.batch-size 2 or more")
         plain = ppo.baseline == "value-model" and ppo.kl_in == "reward" and not ppo.ptx_coef and not self.compute.shard
@@ -2454,9 +2447,8 @@ class Config:
         refuse(list(self.stages) != order, f"--stages {asked}: they run in the order {' '.join(STAGES)}, once each")
         to_do = [stage for stage in self.stages if not self.is_given(stage)]
         refuse(not to_do, f"--stages {asked}: nothing to do, all that they make is given by other flags")
-        refuse(
-            bool(self.from_run) and len(order) == len(STAGES), "--from-run needs --stages: which, from what it holds?"
-        )
+        from_nothing = bool(self.from_run) and len(order) == len(STAGES)
+        refuse(from_nothing, "--from-run needs --stages: which, from what it holds?")
 
     def is_given(self, stage: str) -> bool:
         """Whether the user brings what this stage would make."""
