@@ -926,11 +926,10 @@ def wins_of(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> Tensor | np.ndarr
 
 def adamw(config: Optimizer, *learners: tuple[nn.Module, float]) -> torch.optim.AdamW:
     """AdamW, eps 1e-5, no weight decay [D21; 4], of modules, each with a learning rate of its own."""
-    groups = [
-        {"params": [p for p in module.parameters() if p.requires_grad], "lr": lr, "initial_lr": lr}
-        | {"max_grad_norm": config.max_grad_norm}
-        for module, lr in learners
-    ]
+    groups = []
+    for module, lr in learners:
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        groups.append({"params": parameters, "lr": lr, "initial_lr": lr, "max_grad_norm": config.max_grad_norm})
     return torch.optim.AdamW(groups, betas=(0.9, config.beta2), eps=1e-5, weight_decay=0.0, fused=True)
 
 
@@ -1731,15 +1730,14 @@ def read_rankings(run: Run, split: str, codec: Codec) -> tuple[list[Ranking], li
     path = given or run.find(f"data/comparisons_{split}.jsonl", "run stage compare, or give --data.comparisons-train")
     comparisons, complaints = read_records(path, parse_comparison)
     run.note(complaints)
-    posts = [comparison.post for comparison in comparisons]
-    texts = ([c.chosen for c in comparisons], [c.rejected for c in comparisons])
-    rows = list(zip(codec.queries(posts), *map(codec.responses, texts)))
+    posts, chosen, rejected, kinds = zip(*comparisons)
+    rows = list(zip(codec.queries(posts), codec.responses(chosen), codec.responses(rejected)))
     fits = [bool(query) and max(len(a), len(b)) <= limit and a != b for query, a, b in rows]
     why = f"title too long, a text longer than --data.comparison-tokens {limit}, or the same text twice"
     compared: dict[tuple, list] = {}  # query -> its pairs, with their kinds
     for i in fitting(run, f"{split} comparisons", why, fits, posts):
         query, better, worse = map(tuple, rows[i])
-        compared.setdefault(query, []).append((better, worse, comparisons[i].kinds))
+        compared.setdefault(query, []).append((better, worse, kinds[i]))
     rankings = []
     for query, pairs in compared.items():
         texts = list(dict.fromkeys(text for better, worse, _ in pairs for text in (better, worse)))
@@ -1883,10 +1881,8 @@ def report(
     pairs = [(f"PPO {cold}", f"SFT {cold}"), (f"PPO {warm}", f"SFT {warm}"), (f"PPO {warm}", f"SFT {cold}")]
     pairs += [(f"PPO {cold}", "author"), (f"SFT {cold}", "author")]
     versus = {f"{a} against {b}": compare_marks(marks[a], marks[b], prefer(a, b)) for a, b in pairs}
-    cells = [
-        [pair, *(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in row.values())]
-        for pair, row in versus.items()
-    ]
+    cell = "{:+.3f} [{:+.3f}, {:+.3f}]".format
+    cells = [[pair, *(cell(*figure) for figure in row.values())] for pair, row in versus.items()]
     run.say(table([["mean [95% interval]", *next(iter(versus.values()))], *cells]))
     for i, post in enumerate(posts[:5]):
         run.say(headline(post))
@@ -2059,7 +2055,7 @@ def small_model(size: Pretrain, tokenizer: PreTrainedTokenizerBase, seed: int) -
 
 def compare(run: Run) -> None:
     """Comparisons where the user has none: the labeler judges samples of the SFT model."""
-    config, seed, K = run.config, run.config.seed, run.config.compare.samples
+    config, seed, K, T = run.config, run.config.seed, run.config.compare.samples, run.config.data.response_tokens
     writer, codec = config.compare.policy, run.codec("sft")
     policy = run.engine.place(load_policy(run.path(writer)))
     check_room(policy, config.data)
@@ -2069,9 +2065,7 @@ def compare(run: Run) -> None:
         posts, queries = read_prompts(run, split, codec)
         picked = rng(seed, f"compare {split}").permutation(len(posts))[:limit].tolist()
         posts, queries = [posts[i] for i in picked], [queries[i] for i in picked]
-        uniforms = [
-            noise(seed, f"compare {split} {k}", range(len(posts)), config.data.response_tokens) for k in range(K)
-        ]
+        uniforms = [noise(seed, f"compare {split} {k}", range(len(posts)), T) for k in range(K)]
         uniforms, prompts = torch.stack(uniforms, dim=1).flatten(0, 1), [query for query in queries for _ in range(K)]
         responses = sample(policy, prompts, uniforms, config.ppo.temperature, codec.eos_id, run.engine, share)
         drafts = chunks([codec.text(response) for response in responses], K)
