@@ -54,7 +54,6 @@ from __future__ import annotations
 
 import copy
 import gzip
-import importlib
 import importlib.util
 import inspect
 import json
@@ -89,7 +88,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 if TYPE_CHECKING:
@@ -583,7 +581,7 @@ def natural_step(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine:
     if config.objective != "constraint":
         return {}
     parameters = list(policy.parameters())
-    start = parameters_to_vector(parameters).detach()
+    start = nn.utils.parameters_to_vector(parameters).detach()
 
     def mean_of(loss_of: Callable[[Tensor, Rollout], Tensor], theta: Tensor) -> tuple[float, Tensor]:
         """Mean over tokens of loss_of(logprobs, part) at theta, and its gradient (N,)."""
@@ -597,7 +595,7 @@ def natural_step(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine:
         policy.zero_grad()
         loss = accumulate(engine, rollout, losses)["loss"].item()
         engine.all_reduce([p.grad for p in parameters])
-        return loss, parameters_to_vector([p.grad for p in parameters])
+        return loss, nn.utils.parameters_to_vector([p.grad for p in parameters])
 
     def surrogate(logprobs: Tensor, part: Rollout) -> Tensor:
         return policy_loss(logprobs, part.logprobs, part.advantages, math.inf)
@@ -1975,18 +1973,16 @@ def docstrings() -> Iterator[tuple[str, Post]]:
                     yield f"{library}/{place}", Post(library, " ".join(title.split()), body, " ".join(first.split()))
 
 
-def is_good_summary(summary: str) -> bool:
-    return 20 <= len(summary) <= 80 and len(summary.split()) >= 4 and summary[0].isupper() and summary[-1] == "."
-
-
 def build_corpus(documents: Iterator[tuple[str, Post]]) -> dict[str, list[Post]]:
     """Posts by file, without near-duplicates: the same summary but for identifiers, or the same first letters."""
     seen: set[str] = set()
     files: dict[str, list[Post]] = {}
     for file, post in documents:
-        if not post.title or not is_good_summary(post.summary) or len(post.post.split()) < 8:
+        summary, words = post.summary, len(post.summary.split())
+        sentence = 20 <= len(summary) <= 80 and words >= 4 and summary[0].isupper() and summary[-1] == "."
+        if not post.title or not sentence or len(post.post.split()) < 8:
             continue
-        words_alone = re.sub(r"`[^`]*`|\w*[A-Z0-9_]\w*|[^\w`]+|`", " ", post.summary[1:])
+        words_alone = re.sub(r"`[^`]*`|\w*[A-Z0-9_]\w*|[^\w`]+|`", " ", summary[1:])
         keys = {" ".join(words_alone.split()), re.sub(r"\W+", "", post.post)[:60].lower()}
         if not keys & seen:
             body = truncate_post(post.post, lambda text: len(text) <= 240)
