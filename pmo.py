@@ -3009,12 +3009,10 @@ def provenance(config: Config) -> dict:
     import transformers
 
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = (
-        subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
-    )
+    said = subprocess.run(git, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    now = datetime.now().astimezone().isoformat(timespec="seconds")
-    return {"config": asdict(config), "started": now, "versions": versions, "commit": commit or None, "argv": sys.argv}
+    now, commit = datetime.now().astimezone().isoformat(timespec="seconds"), said.strip() or None
+    return {"config": asdict(config), "started": now, "versions": versions, "commit": commit, "argv": sys.argv}
 
 
 # -----------------------------------------------------------------------------
@@ -3027,8 +3025,7 @@ def start(config: Config) -> Path:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    work = {"corpus": corpus, "pretrain": pretrain, "sft": sft, "compare": compare, "reward": reward, "ppo": ppo}
-    work["evaluate"] = evaluate
+    work = dict(zip(STAGES, (corpus, pretrain, sft, compare, reward, ppo, evaluate)))
     run = Run(config)
     signals = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
     alone = threading.current_thread() is threading.main_thread()  # which alone hears signals; under nohup not all
