@@ -102,14 +102,12 @@ if TYPE_CHECKING:
 # Every mask is bool (B, T), a prefix of True in each row. What stands outside a
 # mask is ignored, NaN included, and comes back as 0. Inputs are never modified.
 
-PerRow = Tensor  # (B,) one for each response
-PerToken = Tensor  # (B, T) one for each of its tokens
-Mask = Tensor  # (B, T) bool
-Scalar = Tensor  # ()
 
-
-def response_mask(responses: PerToken, eos_id: int) -> Mask:
-    """True up to and including the first EOS of what was sampled; all True in a row without one [D3, D4].
+def response_mask(
+    responses: Tensor,  # (B, T) the sampler's output, full width
+    eos_id: int,
+) -> Tensor:  # (B, T) bool
+    """True up to and including the first EOS; all True in a row without one [D3, D4].
 
     What the sampler wrote after EOS is no part of the response, whatever it is. A pad id plays no role here.
     """
@@ -118,17 +116,28 @@ def response_mask(responses: PerToken, eos_id: int) -> Mask:
     return eos_before == 0
 
 
-def length_mask(lengths: PerRow, T: int) -> Mask:
+def length_mask(
+    lengths: Tensor,  # (B,)
+    T: int,
+) -> Tensor:  # (B, T) bool
     """True on the first `lengths[b]` slots of row b [D3]."""
     return torch.arange(T, device=lengths.device) < lengths[:, None]
 
 
-def penalize_missing_eos(scores: PerRow, has_eos: PerRow, value: float) -> PerRow:
+def penalize_missing_eos(
+    scores: Tensor,  # (B,)
+    has_eos: Tensor,  # (B,) bool
+    value: float,
+) -> Tensor:  # (B,)
     """Replace (not lower) the score of a response that never ended [D12; 4, detail "EOS trick"]."""
     return torch.where(has_eos, scores, torch.full_like(scores, value))
 
 
-def logprobs_of(logits: Tensor, tokens: PerToken, temperature: float) -> PerToken:  # logits (B, T, V)
+def logprobs_of(
+    logits: Tensor,  # (B, T, V)
+    tokens: Tensor,  # (B, T)
+    temperature: float,
+) -> Tensor:  # (B, T)
     """log softmax(logits / temperature)[token], in float32 (float64 stays float64).
 
     The temperature is the one the tokens were sampled with: it defines the policy [D13; 4].
@@ -137,19 +146,29 @@ def logprobs_of(logits: Tensor, tokens: PerToken, temperature: float) -> PerToke
     return -F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
 
-def entropy_of(logits: Tensor, temperature: float) -> PerToken:  # logits (B, T, V)
-    """H = −Σᵥ πᵥ log πᵥ of the tempered distribution π = softmax(logits / temperature), in nats [D13]."""
+def entropy_of(
+    logits: Tensor,  # (B, T, V)
+    temperature: float,
+) -> Tensor:  # (B, T) nats
+    """H = −Σᵥ πᵥ log πᵥ of the tempered distribution π = softmax(logits / temperature) [D13]."""
     logprobs = (_at_least_float32(logits) / temperature).log_softmax(-1)
     # The clamp turns 0 · (−∞), a token that cannot be sampled, into 0.
     return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
-def masked_mean(x: PerToken, mask: Mask) -> Scalar:
+def masked_mean(
+    x: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+) -> Tensor:  # ()
     """Mean of x over the True slots."""
     return x.masked_fill(~mask, 0).sum() / mask.sum()
 
 
-def whiten(x: PerToken, mask: Mask, shift_mean: bool = True) -> PerToken:
+def whiten(
+    x: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+    shift_mean: bool = True,
+) -> Tensor:  # (B, T)
     """(x − mean) / (std + 1e-8) over the mask, population variance; `shift_mean=False` gives x / (std + 1e-8).
 
     Without the shift zero stays zero and signs stay, as whitened *rewards* should ([4]'s code adds the mean back
@@ -164,9 +183,12 @@ def whiten(x: PerToken, mask: Mask, shift_mean: bool = True) -> PerToken:
     return (centered if shift_mean else x) / scale
 
 
-def kl_estimate(logprobs: PerToken, ref_logprobs: PerToken, kind: Literal["k1", "k2", "k3"] = "k1") -> PerToken:
-    """Estimates of KL(π ‖ π_ref) from single samples of π: log π and log π_ref of the sampled tokens [Schulman 2020,
-    "Approximating KL Divergence"].
+def kl_estimate(
+    logprobs: Tensor,  # (B, T) log π of sampled tokens
+    ref_logprobs: Tensor,  # (B, T) log π_ref of the same tokens
+    kind: Literal["k1", "k2", "k3"] = "k1",
+) -> Tensor:  # (B, T)
+    """Estimates of KL(π ‖ π_ref) from single samples of π [Schulman 2020, "Approximating KL Divergence"].
 
         k1 = log π − log π_ref        k2 = k1² / 2        k3 = π_ref / π − 1 + k1
 
@@ -178,7 +200,12 @@ def kl_estimate(logprobs: PerToken, ref_logprobs: PerToken, kind: Literal["k1", 
     return k1.square() / 2 if kind == "k2" else torch.expm1(-k1) + k1
 
 
-def token_rewards(scores: PerRow, kl: PerToken, mask: Mask, kl_coef: float) -> PerToken:
+def token_rewards(
+    scores: Tensor,  # (B,)
+    kl: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+    kl_coef: float,
+) -> Tensor:  # (B, T)
     """rₜ = −β klₜ on every response token, plus the score on the last one [D15; 5, §3.4; Ziegler et al. 2019, eq. 2].
 
     The last response token is the EOS action itself: it earned the score. [4]'s code pays one slot later.
@@ -188,13 +215,19 @@ def token_rewards(scores: PerRow, kl: PerToken, mask: Mask, kl_coef: float) -> P
     return penalties.scatter_add(1, last, scores[:, None].to(penalties.dtype))
 
 
-def gae(rewards: PerToken, values: PerToken, mask: Mask, gamma: float, lam: float) -> tuple[PerToken, PerToken]:
-    """Advantages and returns, by generalised advantage estimation [3, eq. 11–16; D17].
+def gae(
+    rewards: Tensor,  # (B, T)
+    values: Tensor,  # (B, T) V of the state before token t
+    mask: Tensor,  # (B, T) bool
+    gamma: float,
+    lam: float,
+) -> tuple[Tensor, Tensor]:  # advantages (B, T), returns (B, T)
+    """Generalised advantage estimation [3, eq. 11–16; D17].
 
         δₜ = rₜ + γ Vₜ₊₁ − Vₜ        Aₜ = δₜ + γλ Aₜ₊₁        Rₜ = Aₜ + Vₜ
 
-    Vₜ is of the state before token t. The response ends the episode: V and A are 0 after its last token. λ = 0 gives
-    the TD residual, λ = 1 the Monte-Carlo return minus V. Not whitened.
+    The response ends the episode: V and A are 0 after its last token. λ = 0 gives the TD residual, λ = 1 the
+    Monte-Carlo return minus V. Not whitened.
     """
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
     next_value = next_advantage = torch.zeros_like(values[:, 0])
@@ -208,8 +241,11 @@ def gae(rewards: PerToken, values: PerToken, mask: Mask, gamma: float, lam: floa
     return advantages, advantages + values
 
 
-def leave_one_out(returns: PerRow, G: int) -> PerRow:
-    """Mean over the others in each group of G neighbours: a baseline that knows nothing of the response [9, eq. 7].
+def leave_one_out(
+    returns: Tensor,  # (B,) groups of G neighbours
+    G: int,
+) -> Tensor:  # (B,)
+    """Mean over the other members of each group: a baseline that knows nothing of the response itself [9, eq. 7].
 
     return − baseline = G / (G − 1) · (return − mean of the group).
     """
@@ -217,20 +253,28 @@ def leave_one_out(returns: PerRow, G: int) -> PerRow:
     return ((groups.sum(1, keepdim=True) - groups) / (G - 1)).flatten()
 
 
-def policy_loss(logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken, cliprange: float) -> PerToken:
+def policy_loss(
+    logprobs: Tensor,  # (B, T)
+    old_logprobs: Tensor,  # (B, T) of the policy that sampled
+    advantages: Tensor,  # (B, T)
+    cliprange: float,
+) -> Tensor:  # (B, T), unreduced
     """−min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),  ρ = π / π_old [1, eq. 7; D18]; without a clip (ε = ∞) −ρ A [1, eq. 6].
 
-    π_old sampled. The minimum is pessimistic: the clip removes the gradient only where the step would gain from going
-    further. Not reduced.
+    The minimum is pessimistic: the clip removes the gradient only where the step would gain from going further.
     """
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
     return -torch.min(ratio * advantages, clipped * advantages)
 
 
-def value_loss(values: PerToken, old_values: PerToken, returns: PerToken, cliprange_value: float) -> PerToken:
-    """½ max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²), V_old of the rollout [3; 4; D18; the clip is OpenAI
-    baselines']. Not reduced."""
+def value_loss(
+    values: Tensor,  # (B, T)
+    old_values: Tensor,  # (B, T) at rollout time
+    returns: Tensor,  # (B, T)
+    cliprange_value: float,
+) -> Tensor:  # (B, T), unreduced
+    """½ max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²) [3; 4; D18; the clip is OpenAI baselines']."""
     clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     return torch.max((values - returns).square(), (clipped - returns).square()) / 2
 
@@ -240,9 +284,12 @@ def adapted(coef: float, kl: float, target: float) -> float:
     return coef / 2 if kl < target / 1.5 else coef * 2 if kl > target * 1.5 else coef
 
 
-def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, steps: int = 10) -> Tensor:
-    """x with F x ≈ b (N,), the best in span(b, F b, F² b, ...), without ever holding F, which is symmetric and positive
-    definite: `product` maps v to F v [6, appendix C; Hestenes and Stiefel 1952]."""
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor],  # v (N,) -> F v (N,), F symmetric and positive definite
+    b: Tensor,  # (N,)
+    steps: int = 10,
+) -> Tensor:  # (N,) x with F x ≈ b
+    """The best x in span(b, F b, F² b, ...), without ever holding F [6, appendix C; Hestenes and Stiefel 1952]."""
     x, residual, direction = torch.zeros_like(b), b, b
     for _ in range(steps):
         image = product(direction)
@@ -253,8 +300,11 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, steps: i
 
 
 def aggregate(
-    losses: PerToken, mask: Mask, how: Literal["token", "sequence"] = "token", normalizer: int | Tensor | None = None
-) -> Scalar:
+    losses: Tensor,  # (B, T)
+    mask: Tensor,  # (B, T) bool
+    how: Literal["token", "sequence"] = "token",
+    normalizer: int | Tensor | None = None,
+) -> Tensor:  # ()
     """One number: "token" is the mean over tokens, "sequence" the mean over rows of each row's token mean.
 
     `normalizer` is the count (of tokens, of rows) in the whole minibatch, over all its micro-batches and processes;
@@ -267,7 +317,11 @@ def aggregate(
     return rows.sum() / (len(rows) if normalizer is None else normalizer)
 
 
-def preference_loss(chosen: PerRow, rejected: PerRow, weights: PerRow | None = None) -> Scalar:
+def preference_loss(
+    chosen: Tensor,  # (B,)
+    rejected: Tensor,  # (B,)
+    weights: Tensor | None = None,  # (B,) of the pairs
+) -> Tensor:  # ()
     """−log σ(chosen − rejected), the mean over pairs (Bradley–Terry) [5, §3.4], or the sum weighted by `weights`."""
     losses = -F.logsigmoid(chosen - rejected)
     return losses.mean() if weights is None else (losses * weights).sum()
