@@ -4924,14 +4924,18 @@ def test_any_post_becomes_a_query(post):
 # what users bring, and what befalls a run: each kind of fault as a table of cases, with the line that is said
 
 
-def spoilt(name: str, of: str = "sft", weights: Callable = lambda w: w, base: Path | None = None, **config: object) -> Path:
+def spoilt(
+    name: str, of: str = "sft", weights: Callable = lambda w: w, base: Path | None = None, **config: object
+) -> Path:
     """A copy of the finished run's model (or another), with other weights, or another config.json."""
     from safetensors.torch import load_file, save_file
 
     folder = workshop() / "spoilt" / name
     shutil.copytree(base or finished_run() / of, folder)
     if (folder / "model.safetensors").exists():
-        save_file(weights(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            weights(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"}
+        )
     record = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(record | config))
     return folder
@@ -5093,7 +5097,9 @@ def test_only_finite_weights_and_own_settings_are_saved():
             patch.setattr(impl, "optimizer_step", overflowing)
             ill = replace(config, folder=folder, compute=impl.Compute(checkpoint_minutes=minutes))
             message = config_error(lambda: impl.start(ill))
-        assert re.fullmatch(r"sft, step \d: \S+ is (not finite; try a lower learning rate|nan) \[D22\]; --resume .*", message), message
+        assert re.fullmatch(
+            r"sft, step \d: \S+ is (not finite; try a lower learning rate|nan) \[D22\]; --resume .*", message
+        ), message
         assert not (folder / "sft").exists() and not (folder / "sft.part").exists()
     saved = torch.load(config.folder.with_name("overflows 0.0") / "checkpoint.pt", weights_only=True)
     assert saved["step"] == 3 and all(weight.isfinite().all() for weight in saved["model"].values())
@@ -5190,7 +5196,9 @@ def test_users_functions_fail_in_one_line():
             ("text", f"{flag} returned '1.0', not a finite number, for 'one text'"),
             ("odd", f"{flag} returned <"),
         ):  # fmt: skip
-            message = config_error(lambda name=name: impl.verified(impl.load_function(flag, f"faulty:{name}"), posts, texts))
+            message = config_error(
+                lambda name=name: impl.verified(impl.load_function(flag, f"faulty:{name}"), posts, texts)
+            )
             assert message.startswith(said) and "\n" not in message, message
         for name, said in (
             ("raises", "--evaluate.judge: KeyError: 'boom' (faulty.py, line 6), for 'one text'"),
@@ -5201,7 +5209,11 @@ def test_users_functions_fail_in_one_line():
             assert config_error(lambda judge=judge: impl.votes(judge, posts, texts, texts)) == said
         posts = [post._replace(record={"a": 1}) for post in posts]
         assert impl.verified(impl.load_function(flag, "faulty:changes"), posts, texts) == [1.0, 1.0]
-        assert Path.cwd() == workshop().resolve() and torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+        assert (
+            Path.cwd() == workshop().resolve()
+            and torch.is_grad_enabled()
+            and torch.get_default_dtype() == torch.float32
+        )
         assert all(post.record == {"a": 1} for post in posts)
         config = stage_config("a rule that ends", "ppo")
         config = replace(config, ppo=replace(config.ppo, reward_function="faulty:exits"))
@@ -5242,7 +5254,9 @@ def test_a_runs_folder_is_input():
     for change in (weights | {"step": 2}, weights | {"step": 99}, {"model": {}, "optim": {}, "step": 1}):
         torch.save(state | {"stage": "sft"} | change, folder / "checkpoint.pt")
         run = impl.Run(resumed)
-        assert config_error(lambda: next(run.steps("sft", 6, **toy_parts()))).startswith(f"{folder / 'checkpoint.pt'} is not usable")
+        assert config_error(lambda: next(run.steps("sft", 6, **toy_parts()))).startswith(
+            f"{folder / 'checkpoint.pt'} is not usable"
+        )
     torch.save(state | {"sizes": {"../victim": 0, str(victim): 0, "metrics.jsonl": 9999}}, folder / "checkpoint.pt")
     (folder / "metrics.jsonl").write_text('{"stage": "sft"}\n')
     impl.Run(resumed)
@@ -5251,7 +5265,9 @@ def test_a_runs_folder_is_input():
         (folder / "metrics.jsonl").write_text(content)
         run = impl.Run(resumed)
         (folder / "metrics.jsonl").write_text(content)
-        assert config_error(lambda: run.logged("sft")).startswith(f"{folder / 'metrics.jsonl'} is not what a run writes")
+        assert config_error(lambda: run.logged("sft")).startswith(
+            f"{folder / 'metrics.jsonl'} is not what a run writes"
+        )
     for name in ("metrics.jsonl", "lock"):
         (folder / name).unlink()
         (folder / name).symlink_to(victim)
@@ -5278,7 +5294,10 @@ def test_a_full_disk_is_told_whoever_writes():
         return write
 
     usage = shutil.disk_usage(workshop())
-    for error, free in ((RuntimeError("unexpected pos 64 vs 0"), 0), (RuntimeError("No space left (os error 28)"), usage.free)):
+    for error, free in (
+        (RuntimeError("unexpected pos 64 vs 0"), 0),
+        (RuntimeError("No space left (os error 28)"), usage.free),
+    ):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
             message = config_error(lambda error=error: impl.write_whole(target, fails(error)))
@@ -5295,7 +5314,12 @@ def test_a_full_disk_is_told_whoever_writes():
 def test_records_of_all_kinds_are_read_or_told():
     path, posts = workshop() / "kinds.jsonl", toy_posts(200)
     lines = "".join(json.dumps(post.fields()) + "\n" for post in posts).encode()
-    for content in (lines, b"\xef\xbb\xbf" + lines, lines + b"\n", b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n") + b"  \n"):
+    for content in (
+        lines,
+        b"\xef\xbb\xbf" + lines,
+        lines + b"\n",
+        b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n") + b"  \n",
+    ):
         path.write_bytes(content)
         records, complaints = impl.read_records(path, impl.parse_post)
         assert [record.fields() for record in records] == [post.fields() for post in posts] and complaints == []
@@ -5315,11 +5339,17 @@ def test_records_of_all_kinds_are_read_or_told():
     article = nulls | {"info": {"subreddit": None, "title": "t", "post": None, "article": "An article."}}
     parsed = impl.parse_comparison(article)
     assert parsed.post.post == "An article." and parsed.post.subreddit == "news" and parsed.kinds[-1] == "news articles"
-    impl.write_records([post._replace(summary=" " * (i % 2)).fields() if i < 2 else post.fields() for i, post in enumerate(posts)], path)
+    impl.write_records(
+        [post._replace(summary=" " * (i % 2)).fields() if i < 2 else post.fields() for i, post in enumerate(posts)],
+        path,
+    )
     run = impl.Run(with_flag(with_flag(tiny_config("empty summaries"), "data.train", path), "data.valid", path))
     codec = impl.Codec(impl.load_tokenizer(finished_run() / "sft"), run.config.data)
     assert len(impl.read_examples(run, "train", codec)) == 198
-    assert any("left out 2 of 200 train summaries: empty, or longer than --data.response-tokens 16" in said for said in run.said)
+    assert any(
+        "left out 2 of 200 train summaries: empty, or longer than --data.response-tokens 16" in said
+        for said in run.said
+    )
     start, usual = time.monotonic(), codec.queries([posts[0]._replace(post="some words " * 500)])
     for text in ("some words " * 1_000_000, "x" * 10_000_000, "line\n" * 2_000_000):
         (query,) = codec.queries([posts[0]._replace(post=text)])
@@ -5384,7 +5414,9 @@ def test_of_many_processes_one_speaks():
         (config, f"pmo: (another process has ended|interrupted); go on with --resume {config.folder}"),
         (worse, rf"pmo: {bad}: 1 of 1 records are unusable: .*"),
     ):
-        result = subprocess.run([*launcher, *flags_of(each)], capture_output=True, text=True, timeout=300, cwd=workshop(), env=calm)
+        result = subprocess.run(
+            [*launcher, *flags_of(each)], capture_output=True, text=True, timeout=300, cwd=workshop(), env=calm
+        )
         told = [line for line in result.stderr.splitlines() if line.startswith("pmo: ")]
         assert result.returncode != 0 and len(told) == 1 and re.fullmatch(said, told[0]), result.stderr[-3000:]
         assert "pmo.py" not in result.stderr.replace("one_dies.py", ""), result.stderr[-3000:]
