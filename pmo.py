@@ -763,11 +763,12 @@ def verified(rule: RewardFunction, posts: Sequence[Post], texts: list[str]) -> l
     for post, text in zip(posts, texts):
         with one_line("--ppo.reward-function", rule, text):
             score = rule(post.post, text, copy.deepcopy(post.record))
+            number = math.nan
             with suppress(TypeError, ValueError, OverflowError):
-                scores.append(float(score) if not isinstance(score, str) else math.nan)
-            usable = len(scores) > 0 and abs(scores[-1]) <= torch.finfo(torch.float32).max
+                number = float(score) if not isinstance(score, str) else math.nan
             said = f"--ppo.reward-function returned {reprlib.repr(score)}, not a finite number, for {text[:60]!r}"
-            refuse(not usable, said)
+            refuse(not abs(number) <= torch.finfo(torch.float32).max, said)
+            scores.append(number)
     return scores
 
 
