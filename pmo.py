@@ -2075,7 +2075,8 @@ def compare(run: Run) -> None:
             records += compared_by(labeler, post, (writer, drafts[i][0]), stranger, flip=i % 2 == 0)
         refuse(not records, f"the labeler saw no difference between any two samples for the {split} posts")
         if writer == "ppo" and split == "train":  # another round: what was compared before is kept
-            earlier = run.find("data/comparisons_train.jsonl", "a new round of comparisons needs an earlier --from-run")
+            remedy = "a new round of comparisons needs an earlier --from-run"  # not what a stage cut short left here
+            earlier = run.find("data/comparisons_train.jsonl", remedy, own=False)
             records += read_records(earlier, dict)[0]
         run.write(f"data/comparisons_{split}.jsonl", partial(write_records, records))
         run.say(f"{len(records):,} {split} comparisons from {len(posts):,} posts, ties dropped")
@@ -2690,9 +2691,9 @@ class Run:
         self.locked.truncate(0)
         print(os.getpid(), file=self.locked, flush=True)
 
-    def find(self, name: str, remedy: str) -> Path:
-        """A file or subfolder of this run or of --from-run, to read from."""
-        folders = (self.folder, *self.config.from_run)
+    def find(self, name: str, remedy: str, own: bool = True) -> Path:
+        """A file or subfolder of this run, or of --from-run, to read from; or of --from-run alone."""
+        folders = (self.folder, *self.config.from_run) if own else self.config.from_run
         for folder in folders:
             if (folder / name).exists():
                 return folder / name
