@@ -3061,12 +3061,10 @@ def start(config: Config) -> Path:
 def sweep(config: Config) -> None:
     """The same run with each value of one flag, side by side [as 1, §6]."""
     flag, *values = config.sweep
-    given = [tyro.cli(Config, args=[f"--{flag}", value], default=replace(config, sweep=())) for value in values]
-    base = config.folder or Path("runs") / flag
-    rows = []
-    for value, changed in zip(values, given):
-        folder = start(replace(changed, folder=base.with_name(f"{base.name}-{value}")))
-        rows.append({flag: value} | outcome(folder))
+    runs = [tyro.cli(Config, args=[f"--{flag}", value], default=replace(config, sweep=())) for value in values]
+    base, names = config.folder or Path("runs") / flag, [re.sub(r"[^\w.+-]+", "-", value) for value in values]
+    folders = [base.with_name(f"{base.name}-{name}") for name in names]  # a value may be a path
+    rows = [{flag: v} | outcome(start(replace(r, folder=f))) for v, r, f in zip(values, runs, folders)]
     print(table([[*rows[0]], *([*row.values()] for row in rows)]))
 
 
