@@ -25,9 +25,9 @@ The file is to be read from its top. Sections 1 to 5 are the method, the others 
     1 maths   2 PPO   3 SFT and reward model   4 models   5 data
     6 evaluation   7 the default run (corpus, tokenizer, labeler)   8 config (every flag)   9 runtime   10 main
 
-To change what is credited (another baseline, no critic): `gae` and step 5 of `ppo`; how far a step may go:
-`policy_loss`, called in `ppo_losses`; where the KL is paid: `token_rewards` and `ppo_losses`; what is scored:
-`outcome_scores`; which models there are: `load_models`; each flag: section 8.
+To change what is credited (another baseline): `credit`; how far a step may go: `policy_loss`, called in `ppo_losses`;
+where the KL is paid: `shape_rewards` and `ppo_losses`; what is scored: `outcome_scores`; which models there are:
+`load_models`; each flag, and what a new value of one is called: section 8.
 
 Departures from the code of [4], each because of a fault or for a reason given at the place:
   1. the score is paid to the EOS action, not one slot after it;
@@ -332,7 +332,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 # -----------------------------------------------------------------------------
-# 2 PPO: the loop, and what it calls, in that order. Of processes, clocks and files it knows nothing but names.
+# 2 PPO: the loop, and what it calls, in that order. Processes, clocks and checkpoints are the engine's and the run's.
 
 
 def ppo(run: Run) -> None:
@@ -523,7 +523,7 @@ def ppo_losses(models: Models, config: PPO, part: Rollout, whole: Rollout) -> di
         loss = loss + config.ptx_coef * language_model_losses(models.policy, 0.0, part.shown, whole.shown)["loss"]
     if config.kl_in == "loss":  # [D15]
         loss = loss + config.kl_coef * share(kl_estimate(logprobs, part.ref_logprobs, config.kl_kind))
-    token_mean = partial(aggregate, mask=part.mask, how="token", normalizer=tokens)  # whatever the loss is [D23]
+    token_mean = partial(aggregate, mask=part.mask, how="token", normalizer=tokens)  # also where the loss is not [D23]
     with torch.no_grad():
         log_ratio = logprobs - part.logprobs
         unclipped = -log_ratio.exp() * part.advantages
@@ -1929,7 +1929,7 @@ def rouge_l(summary: str, reference: str) -> float:
 
 
 # -----------------------------------------------------------------------------
-# 7 the default run: posts, a base model and preferences where the user brings none. Nothing above depends on it.
+# 7 the default run: posts, a base model and preferences where the user brings none. Of this, the sections above know the labeler only.
 
 
 def corpus(run: Run) -> None:
