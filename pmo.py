@@ -523,7 +523,7 @@ def ppo_losses(models: Models, config: PPO, part: Rollout, whole: Rollout) -> di
         loss = loss + config.ptx_coef * language_model_losses(models.policy, 0.0, part.shown, whole.shown)["loss"]
     if config.kl_in == "loss":  # [D15]
         loss = loss + config.kl_coef * share(kl_estimate(logprobs, part.ref_logprobs, config.kl_kind))
-    token_mean = partial(aggregate, mask=part.mask, how="token", normalizer=tokens)  # also where the loss is not [D23]
+    token_mean = partial(aggregate, mask=part.mask, how="token", normalizer=tokens)  # whatever the loss is [D23]
     with torch.no_grad():
         log_ratio = logprobs - part.logprobs
         unclipped = -log_ratio.exp() * part.advantages
