@@ -1929,7 +1929,7 @@ def rouge_l(summary: str, reference: str) -> float:
 
 
 # -----------------------------------------------------------------------------
-# 7 the default run: posts, a base model and preferences where the user brings none. Of this, the sections above know the labeler only.
+# 7 the default run: posts, a base model, preferences, where the user brings none. Of it, only the labeler is used above.
 
 
 def corpus(run: Run) -> None:
