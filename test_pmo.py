@@ -3617,10 +3617,13 @@ def test_contradictions_are_refused_with_both_numbers():
             "--ppo.num-minibatches 4 | --ppo.responses-per-query 32",
             {"ppo": impl.PPO(batch_size=64, responses_per_query=32)},
         ),
-        ("--ppo.baseline group | --ppo.responses-per-query", {"ppo": impl.PPO(baseline="group")}),
+        (
+            "--ppo.baseline group | --ppo.responses-per-query",
+            {"ppo": impl.PPO(baseline="group", responses_per_query=1)},
+        ),
         (
             "--ppo.baseline batch | --ppo.batch-size",
-            {"ppo": impl.PPO(baseline="batch", batch_size=1, num_minibatches=1)},
+            {"ppo": impl.PPO(baseline="batch", batch_size=1, num_minibatches=1, responses_per_query=1)},
         ),
         ("--compare.policy ppo | --from-run", {"compare": impl.Compare(policy="ppo")}),
         ("--sweep ppo.lr", {"sweep": ("ppo.lr",)}),
@@ -4727,7 +4730,9 @@ def test_bad_signs_are_said_once():
     run.warn(["a sign"])
     assert run.said == {"warning: a sign"}
     config = stage_config("stops", "ppo")
-    impl.start(replace(config, ppo=replace(config.ppo, max_kl=1e-7)))  # at first it is 0, the KL to itself
+    impl.start(
+        replace(config, ppo=replace(config.ppo, max_kl=1e-7, responses_per_query=1))
+    )  # at first it is 0, the KL to itself
     assert len(metrics_of(config.folder)) == 2 and (config.folder / "ppo").exists()
 
 
@@ -5986,14 +5991,23 @@ def test_update_statistics_are_what_their_names_say():
         k1 = (rollout.logprobs - impl.response_logprobs(models.policy, layout, 0.7))[layout.mask]
     kl = ((-k1).exp() - 1 + k1).mean().item()
     assert kl > 1e-3
+
+    def measured(rollout, config, machine) -> dict[str, float]:
+        """What this law speaks of: the statistics but those of the rollout and of the steps."""
+        steps = [{"policy/approxkl": 0.0, "policy/abs_log_ratio": 0.0}]
+        others = impl.rollout_statistics(rollout, config) | impl.step_statistics(steps)
+        found = impl.update_statistics(models.policy, rollout, steps, config, machine)
+        assert others.items() <= found.items()
+        return {name: value for name, value in found.items() if name not in others}
+
     for values in (rollout.values, rollout.returns, rollout.returns + 5, torch.zeros_like(rollout.values)):
-        statistics = impl.update_statistics(models.policy, replace(rollout, values=values), config, engine(3))
+        statistics = measured(replace(rollout, values=values), config, engine(3))
         explained = 1 - (R - values[rollout.mask]).square().mean().item() / R.var(correction=0).item()
         expected = {"policy/update_kl": kl, "val/explained_variance": explained}
         assert statistics == pytest.approx(expected, rel=1e-4, abs=1e-6)
     config = replace(config, baseline="none", objective="adaptive", penalty_coef=0.5, target_kl=kl / 2)
     expected = {"policy/update_kl": kl, "policy/next_penalty_coef": 1.0}
-    assert impl.update_statistics(models.policy, rollout, config, engine()) == pytest.approx(expected, rel=1e-4)
+    assert measured(rollout, config, engine()) == pytest.approx(expected, rel=1e-4)
 
 
 def family_config(name: str, compute: object | None = None, **changes: object):
