@@ -2444,7 +2444,7 @@ def tiny_config(name: str, seed: int = 1, **changes: object):
         data=impl.Data(train=train, valid=valid, query_tokens=60, response_tokens=16, comparison_tokens=20),
         pretrain=impl.Pretrain(width=32, heads=2, vocab_size=400, epochs=8),
         sft=impl.SFT(epochs=12),
-        ppo=impl.PPO(total_episodes=48, batch_size=16, num_minibatches=2, sample_every=2),
+        ppo=impl.PPO(total_episodes=48, batch_size=16, num_minibatches=2, sample_every=2, responses_per_query=1),
     )  # fmt: skip
     return replace(config, **changes)
 
@@ -3469,6 +3469,7 @@ def test_ppo_converges_to_the_closed_form_optimum():
 
     ppo = impl.PPO(
         total_episodes=256 * 60, batch_size=256, num_minibatches=1, num_ppo_epochs=4, lr=1e-2, value_lr=1e-2, temperature=1.0,
+        responses_per_query=1,
         kl_coef=beta, whiten_advantages=False, missing_eos_score=0.0, vf_coef=0.1, cliprange_value=10.0, sample_every=10**9,
     )  # fmt: skip
     compute = impl.Compute(device="cpu", micro_batch_size=256)
@@ -3771,7 +3772,8 @@ def test_the_benchmark_says_where_the_time_goes():
     train, valid = toy_files()
     flags = ["--data.train", train, "--data.valid", valid, "--pretrain.width", 32, "--pretrain.heads", 2]
     flags += [
-        "--ppo.total-episodes", 48, "--ppo.batch-size", 16, "--data.response-tokens", 8, "--folder", workshop() / "timed"
+        "--ppo.total-episodes", 48, "--ppo.batch-size", 16, "--data.response-tokens", 8, "--folder", workshop() / "timed",
+        "--ppo.responses-per-query", 1,
     ]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()) as said:
         result = benchmark(*map(str, flags))
@@ -4730,9 +4732,7 @@ def test_bad_signs_are_said_once():
     run.warn(["a sign"])
     assert run.said == {"warning: a sign"}
     config = stage_config("stops", "ppo")
-    impl.start(
-        replace(config, ppo=replace(config.ppo, max_kl=1e-7, responses_per_query=1))
-    )  # at first it is 0, the KL to itself
+    impl.start(replace(config, ppo=replace(config.ppo, max_kl=1e-7)))  # at first it is 0, the KL to itself
     assert len(metrics_of(config.folder)) == 2 and (config.folder / "ppo").exists()
 
 
