@@ -2444,7 +2444,7 @@ def tiny_config(name: str, seed: int = 1, **changes: object):
         data=impl.Data(train=train, valid=valid, query_tokens=60, response_tokens=16, comparison_tokens=20),
         pretrain=impl.Pretrain(width=32, heads=2, vocab_size=400, epochs=8),
         sft=impl.SFT(epochs=12),
-        ppo=impl.PPO(total_episodes=48, batch_size=16, num_minibatches=2, sample_every=2),
+        ppo=impl.PPO(total_episodes=48, batch_size=16, num_minibatches=2, sample_every=2, responses_per_query=1),
     )  # fmt: skip
     return replace(config, **changes)
 
@@ -3469,6 +3469,7 @@ def test_ppo_converges_to_the_closed_form_optimum():
 
     ppo = impl.PPO(
         total_episodes=256 * 60, batch_size=256, num_minibatches=1, num_ppo_epochs=4, lr=1e-2, value_lr=1e-2, temperature=1.0,
+        responses_per_query=1,
         kl_coef=beta, whiten_advantages=False, missing_eos_score=0.0, vf_coef=0.1, cliprange_value=10.0, sample_every=10**9,
     )  # fmt: skip
     compute = impl.Compute(device="cpu", micro_batch_size=256)
@@ -3617,10 +3618,13 @@ def test_contradictions_are_refused_with_both_numbers():
             "--ppo.num-minibatches 4 | --ppo.responses-per-query 32",
             {"ppo": impl.PPO(batch_size=64, responses_per_query=32)},
         ),
-        ("--ppo.baseline group | --ppo.responses-per-query", {"ppo": impl.PPO(baseline="group")}),
+        (
+            "--ppo.baseline group | --ppo.responses-per-query",
+            {"ppo": impl.PPO(baseline="group", responses_per_query=1)},
+        ),
         (
             "--ppo.baseline batch | --ppo.batch-size",
-            {"ppo": impl.PPO(baseline="batch", batch_size=1, num_minibatches=1)},
+            {"ppo": impl.PPO(baseline="batch", batch_size=1, num_minibatches=1, responses_per_query=1)},
         ),
         ("--compare.policy ppo | --from-run", {"compare": impl.Compare(policy="ppo")}),
         ("--sweep ppo.lr", {"sweep": ("ppo.lr",)}),
@@ -3768,7 +3772,8 @@ def test_the_benchmark_says_where_the_time_goes():
     train, valid = toy_files()
     flags = ["--data.train", train, "--data.valid", valid, "--pretrain.width", 32, "--pretrain.heads", 2]
     flags += [
-        "--ppo.total-episodes", 48, "--ppo.batch-size", 16, "--data.response-tokens", 8, "--folder", workshop() / "timed"
+        "--ppo.total-episodes", 48, "--ppo.batch-size", 16, "--data.response-tokens", 8, "--folder", workshop() / "timed",
+        "--ppo.responses-per-query", 1,
     ]  # fmt: skip
     with contextlib.redirect_stdout(io.StringIO()) as said:
         result = benchmark(*map(str, flags))
@@ -5986,14 +5991,23 @@ def test_update_statistics_are_what_their_names_say():
         k1 = (rollout.logprobs - impl.response_logprobs(models.policy, layout, 0.7))[layout.mask]
     kl = ((-k1).exp() - 1 + k1).mean().item()
     assert kl > 1e-3
+
+    def measured(rollout, config, machine) -> dict[str, float]:
+        """What this law speaks of: the statistics but those of the rollout and of the steps."""
+        steps = [{"policy/approxkl": 0.0, "policy/abs_log_ratio": 0.0}]
+        others = impl.rollout_statistics(rollout, config) | impl.step_statistics(steps)
+        found = impl.update_statistics(models.policy, rollout, steps, config, machine)
+        assert others.items() <= found.items()
+        return {name: value for name, value in found.items() if name not in others}
+
     for values in (rollout.values, rollout.returns, rollout.returns + 5, torch.zeros_like(rollout.values)):
-        statistics = impl.update_statistics(models.policy, replace(rollout, values=values), config, engine(3))
+        statistics = measured(replace(rollout, values=values), config, engine(3))
         explained = 1 - (R - values[rollout.mask]).square().mean().item() / R.var(correction=0).item()
         expected = {"policy/update_kl": kl, "val/explained_variance": explained}
         assert statistics == pytest.approx(expected, rel=1e-4, abs=1e-6)
     config = replace(config, baseline="none", objective="adaptive", penalty_coef=0.5, target_kl=kl / 2)
     expected = {"policy/update_kl": kl, "policy/next_penalty_coef": 1.0}
-    assert impl.update_statistics(models.policy, rollout, config, engine()) == pytest.approx(expected, rel=1e-4)
+    assert measured(rollout, config, engine()) == pytest.approx(expected, rel=1e-4)
 
 
 def family_config(name: str, compute: object | None = None, **changes: object):
