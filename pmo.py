@@ -1929,7 +1929,7 @@ def rouge_l(summary: str, reference: str) -> float:
 
 
 # -----------------------------------------------------------------------------
-# 7 the default run: posts, a base model, preferences, where the user brings none. Of it, only the labeler is used above.
+# 7 the default run: posts, a base model, preferences where the user brings none. Only the labeler is used above.
 
 
 def corpus(run: Run) -> None:
