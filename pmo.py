@@ -25,9 +25,9 @@ The file is to be read from its top. Sections 1 to 5 are the method, the others 
     1 maths   2 PPO   3 SFT and reward model   4 models   5 data
     6 evaluation   7 the default run (corpus, tokenizer, labeler)   8 config (every flag)   9 runtime   10 main
 
-To change what is credited (another baseline, no critic): `gae` and step 5 of `ppo`; how far a step may go:
-`policy_loss`, called in `ppo_losses`; where the KL is paid: `token_rewards` and `ppo_losses`; what is scored:
-`outcome_scores`; which models there are: `load_models`; each flag: section 8.
+To change what is credited (another baseline): `credit`; how far a step may go: `policy_loss`, called in `ppo_losses`;
+where the KL is paid: `shape_rewards` and `ppo_losses`; what is scored: `outcome_scores`; which models there are:
+`load_models`; each flag, and what a new value of one is called: section 8.
 
 Departures from the code of [4], each because of a fault or for a reason given at the place:
   1. the score is paid to the EOS action, not one slot after it;
@@ -54,7 +54,6 @@ from __future__ import annotations
 
 import copy
 import gzip
-import importlib
 import importlib.util
 import inspect
 import json
@@ -81,7 +80,7 @@ from functools import cached_property, partial
 from itertools import chain, combinations, groupby
 from pathlib import Path
 from string import Formatter
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -89,11 +88,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # transformers and tokenizers are imported where they are used: `--help`, and copying the maths, need neither.
 
@@ -334,7 +332,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 # -----------------------------------------------------------------------------
-# 2 PPO: the loop, and what it calls, in that order. Of processes, clocks and files it knows nothing but names.
+# 2 PPO: the loop, and what it calls, in that order. Processes, clocks and checkpoints are the engine's and the run's.
 
 
 def ppo(run: Run) -> None:
@@ -391,13 +389,16 @@ class Models(NamedTuple):
     policy: PreTrainedModel
     value_model: ScalarModel | ValueHead | None
     ref_policy: PreTrainedModel
-    reward_model: ScalarModel | RewardFunction
+    reward_model: Scorer
 
     def learned(self) -> dict[str, nn.Module]:
         return {"policy": self.policy} | ({"value_model": self.value_model} if self.value_model is not None else {})
 
 
 RewardFunction = Callable[[str, str, dict], float]  # a rule: of post, response, and the post's record in the data file
+Scorer: TypeAlias = "ScalarModel | RewardFunction"
+Minibatch: TypeAlias = "Batch | Rankings | Rollout"
+Losses: TypeAlias = "Callable[[Minibatch, Minibatch], dict[str, Tensor]]"  # of a micro-batch and its minibatch
 
 
 @dataclass(frozen=True)
@@ -452,11 +453,8 @@ def read_tokens(
         logits, values = logits_and_values(models.policy, models.value_model, layout)
         return [logprobs_of(logits, layout.responses, temperature), entropy_of(logits, temperature), values]
 
-    def reference(layout: Layout) -> list[Tensor]:
-        return [response_logprobs(models.ref_policy, layout, temperature)]
-
     logprobs, entropy, values = map_rows(batch, engine, policy_and_value, groups)
-    (ref_logprobs,) = map_rows(batch, engine, reference)
+    ref_logprobs = batch_logprobs(models.ref_policy, batch, temperature, engine)
     lengths = torch.tensor([len(response) for response in batch.responses], device=engine.device)
     has_eos = torch.tensor([response[-1] == eos_id for response in batch.responses], device=engine.device)
     mask = length_mask(lengths, logprobs.shape[1])
@@ -542,10 +540,7 @@ def ppo_losses(models: Models, config: PPO, part: Rollout, whole: Rollout) -> di
 
 
 def optimizer_step(
-    engine: Engine,
-    optimizer: torch.optim.Optimizer,
-    minibatch: Batch | Rankings | Rollout,
-    losses: Callable[[Batch | Rankings | Rollout, Batch | Rankings | Rollout], dict[str, Tensor]],
+    engine: Engine, optimizer: torch.optim.Optimizer, minibatch: Minibatch, losses: Losses
 ) -> dict[str, float]:
     """One step on a minibatch, in micro-batches of similar length. Every stage learns through this function.
 
@@ -563,11 +558,7 @@ def optimizer_step(
     return statistics | {"lr": optimizer.param_groups[0]["lr"]}
 
 
-def accumulate(
-    engine: Engine,
-    minibatch: Batch | Rankings | Rollout,
-    losses: Callable[[Batch | Rankings | Rollout, Batch | Rankings | Rollout], dict[str, Tensor]],
-) -> dict[str, Tensor]:
+def accumulate(engine: Engine, minibatch: Minibatch, losses: Losses) -> dict[str, Tensor]:
     """The gradient of a minibatch's loss, and all its statistics: the sums over its micro-batches."""
     totals: dict[str, Tensor] = {}
     for rows, counts in engine.shard(micro_batches(minibatch, engine.micro_batch_size)):
@@ -590,7 +581,7 @@ def natural_step(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine:
     if config.objective != "constraint":
         return {}
     parameters = list(policy.parameters())
-    start = parameters_to_vector(parameters).detach()
+    start = nn.utils.parameters_to_vector(parameters).detach()
 
     def mean_of(loss_of: Callable[[Tensor, Rollout], Tensor], theta: Tensor) -> tuple[float, Tensor]:
         """Mean over tokens of loss_of(logprobs, part) at theta, and its gradient (N,)."""
@@ -604,7 +595,7 @@ def natural_step(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine:
         policy.zero_grad()
         loss = accumulate(engine, rollout, losses)["loss"].item()
         engine.all_reduce([p.grad for p in parameters])
-        return loss, parameters_to_vector([p.grad for p in parameters])
+        return loss, nn.utils.parameters_to_vector([p.grad for p in parameters])
 
     def surrogate(logprobs: Tensor, part: Rollout) -> Tensor:
         return policy_loss(logprobs, part.logprobs, part.advantages, math.inf)
@@ -631,7 +622,7 @@ def set_parameters(parameters: list[Tensor], theta: Tensor) -> None:
 
 def update_kl(policy: PreTrainedModel, rollout: Rollout, temperature: float, engine: Engine) -> float:
     """KL(π_old ‖ π) per token of the rollout: how far the update has gone."""
-    (logprobs,) = map_rows(rollout.batch, engine, lambda layout: [response_logprobs(policy, layout, temperature)])
+    logprobs = batch_logprobs(policy, rollout.batch, temperature, engine)
     return masked_mean(kl_estimate(rollout.logprobs, logprobs, "k3"), rollout.mask).item()
 
 
@@ -698,10 +689,8 @@ def bad_signs(history: list[dict[str, float]]) -> Iterator[str]:
     if quarter >= 2 and "objective/labeler" in last:
 
         def rise(name: str) -> float:
-            early, late = (
-                sum(u[f"objective/{name}"] for u in part) for part in (history[:quarter], history[-quarter:])
-            )
-            return (late - early) / quarter
+            values = [update[f"objective/{name}"] for update in history]
+            return (sum(values[-quarter:]) - sum(values[:quarter])) / quarter
 
         if rise("raw_scores") > 0 and rise("labeler") < -0.02:
             yield "scores rise while the labeler's fall: reward hacking, raise --ppo.kl-coef"
@@ -732,7 +721,7 @@ def load_models(run: Run) -> Models:
     return Models(policy, value_model, ref_policy, reward_model)
 
 
-def load_scorer(run: Run) -> ScalarModel | RewardFunction:
+def load_scorer(run: Run) -> Scorer:
     """What PPO is trained on: a frozen reward model, or a rule [7]."""
     if run.config.ppo.reward_function is not None:
         return load_function("--ppo.reward-function", run.config.ppo.reward_function)
@@ -774,11 +763,12 @@ def verified(rule: RewardFunction, posts: Sequence[Post], texts: list[str]) -> l
     for post, text in zip(posts, texts):
         with one_line("--ppo.reward-function", rule, text):
             score = rule(post.post, text, copy.deepcopy(post.record))
+            number = math.nan
             with suppress(TypeError, ValueError, OverflowError):
-                scores.append(float(score) if not isinstance(score, str) else math.nan)
-            usable = len(scores) > 0 and abs(scores[-1]) <= torch.finfo(torch.float32).max
+                number = float(score) if not isinstance(score, str) else math.nan
             said = f"--ppo.reward-function returned {reprlib.repr(score)}, not a finite number, for {text[:60]!r}"
-            refuse(not usable, said)
+            refuse(not abs(number) <= torch.finfo(torch.float32).max, said)
+            scores.append(number)
     return scores
 
 
@@ -863,8 +853,7 @@ def language_model_losses(model: PreTrainedModel, prompt_weight: float, part: Ba
 
 def held_out_loss(model: PreTrainedModel, batch: Batch, engine: Engine) -> float:
     """Nats per response token."""
-    (logprobs,) = map_rows(batch, engine, lambda layout: [response_logprobs(model, layout, temperature=1.0)])
-    return -logprobs.sum().item() / batch.response_tokens
+    return -batch_logprobs(model, batch, 1.0, engine).sum().item() / batch.response_tokens
 
 
 def reward(run: Run) -> None:
@@ -936,11 +925,10 @@ def wins_of(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> Tensor | np.ndarr
 
 def adamw(config: Optimizer, *learners: tuple[nn.Module, float]) -> torch.optim.AdamW:
     """AdamW, eps 1e-5, no weight decay [D21; 4], of modules, each with a learning rate of its own."""
-    groups = [
-        {"params": [p for p in module.parameters() if p.requires_grad], "lr": lr, "initial_lr": lr}
-        | {"max_grad_norm": config.max_grad_norm}
-        for module, lr in learners
-    ]
+    groups = []
+    for module, lr in learners:
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        groups.append({"params": parameters, "lr": lr, "initial_lr": lr, "max_grad_norm": config.max_grad_norm})
     return torch.optim.AdamW(groups, betas=(0.9, config.beta2), eps=1e-5, weight_decay=0.0, fused=True)
 
 
@@ -1083,10 +1071,7 @@ def response_logprobs(policy: PreTrainedModel, layout: Layout, temperature: floa
 
 @torch.no_grad()
 def map_rows(
-    batch: Batch,
-    engine: Engine,
-    function: Callable[[Layout], Sequence[Tensor]],
-    groups: list[list[int]] | None = None,
+    batch: Batch, engine: Engine, function: Callable[[Layout], Sequence[Tensor]], groups: list[list[int]] | None = None
 ) -> list[Tensor]:
     """`function` of every row, in micro-batches (`groups`, else of similar length), without gradient.
 
@@ -1134,6 +1119,10 @@ def shares_queries(model: nn.Module, queries: list[list[int]], data: Data) -> bo
     return bool((one - other).abs().max() < 1e-3 * max(1.0, one.abs().max().item()))
 
 
+def batch_logprobs(policy: PreTrainedModel, batch: Batch, temperature: float, engine: Engine) -> Tensor:  # (B, T)
+    return map_rows(batch, engine, lambda layout: [response_logprobs(policy, layout, temperature)])[0]
+
+
 def scores_of(model: ScalarModel, batch: Batch, engine: Engine) -> Tensor:  # (B,)
     return map_rows(batch, engine, lambda layout: [model.scores(layout)])[0]
 
@@ -1178,12 +1167,10 @@ def sample_block(
     ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=device)
     cache_name = "cache" if "cache" in inspect.signature(policy.forward).parameters else "past_key_values"
     while len(written) < uniforms.shape[1] and not ended.all():
-        with head_at(policy, row, torch.full_like(row, tokens.shape[1] - 1)):  # the newest position only
+        with head_at(policy, row, torch.full_like(row, tokens.shape[1] - 1)), compact_keys():  # the newest token
             inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": positions}
             output = policy(**inputs, **{cache_name: cache}, use_cache=True)
         cache, logits = output[cache_name], output.logits[:, -1]
-        if not written:
-            compact(cache)
         if len(groups) < len(batch) and not written:  # from a row for each query to a row for each response
             of = torch.tensor([r for r, group in enumerate(groups) for _ in group], device=device)
             cache.batch_select_indices(of)
@@ -1204,17 +1191,23 @@ def sample_block(
     return [response[:length] for response, length in zip(responses.tolist(), lengths)]
 
 
-def compact(cache: Cache) -> None:
-    """From now on keys have the values' precision: rotation makes float32 of bfloat16, and attention would round them
-    again for every token. A cache that is not transformers' usual one stays as it is."""
+@contextmanager
+def compact_keys() -> Iterator[None]:
+    """Inside, transformers' usual cache holds keys and values in the narrower's precision: rotation makes float32 of
+    bfloat16 keys, and attention would round them again for every token."""
     from transformers import DynamicCache
 
-    if type(cache) is DynamicCache:
-        update = cache.update
-        cache.update = lambda keys, values, *rest, **more: update(keys.to(values.dtype), values, *rest, **more)
-        for layer in cache.layers:
-            if isinstance(getattr(layer, "keys", None), Tensor):
-                layer.keys = layer.keys.to(layer.values.dtype)
+    update = DynamicCache.update
+
+    def narrow(cache: DynamicCache, keys: Tensor, values: Tensor, *rest: object, **options: object):
+        dtype = min(keys, values, key=Tensor.element_size).dtype
+        return update(cache, keys.to(dtype), values.to(dtype), *rest, **options)
+
+    DynamicCache.update = narrow
+    try:
+        yield
+    finally:
+        DynamicCache.update = update
 
 
 def check_name(folder: str | Path) -> None:
@@ -1598,9 +1591,7 @@ class Layout(NamedTuple):
     everything is as if it stood alone behind the query (Liu et al. 2025, Prefix Grouper, arXiv 2506.05433).
     """
 
-    inputs: dict[
-        str, Tensor
-    ]  # input_ids (R, W) without gaps; position_ids (R, W) and attention_mask (R, 1, W, W) if need be
+    inputs: dict[str, Tensor]  # input_ids (R, W), no gaps; position_ids (R, W), attention_mask (R, 1, W, W) if need be
     row: Tensor  # (B, 1) in which a response stands
     index: Tensor  # (B, T) where the model has read everything before response token t
     last: Tensor  # (B, 1) where it has read the whole response
@@ -1672,7 +1663,7 @@ def packed(sizes: Sequence[int], limit: int) -> list[list[int]]:
     return packs
 
 
-def micro_batches(batch: Batch | Rankings | Rollout, size: int) -> list[list[int]]:
+def micro_batches(batch: Minibatch, size: int) -> list[list[int]]:
     """Rows in groups of similar length, `size` responses each: less padding, same sums, as losses divide once [D20]."""
     parts = sorted(batch.parts(size), key=lambda part: part[2])
     packs = packed([responses for _, responses, _ in parts], size)
@@ -1738,15 +1729,14 @@ def read_rankings(run: Run, split: str, codec: Codec) -> tuple[list[Ranking], li
     path = given or run.find(f"data/comparisons_{split}.jsonl", "run stage compare, or give --data.comparisons-train")
     comparisons, complaints = read_records(path, parse_comparison)
     run.note(complaints)
-    posts = [comparison.post for comparison in comparisons]
-    texts = ([c.chosen for c in comparisons], [c.rejected for c in comparisons])
-    rows = list(zip(codec.queries(posts), *map(codec.responses, texts)))
+    posts, chosen, rejected, kinds = zip(*comparisons)
+    rows = list(zip(codec.queries(posts), codec.responses(chosen), codec.responses(rejected)))
     fits = [bool(query) and max(len(a), len(b)) <= limit and a != b for query, a, b in rows]
     why = f"title too long, a text longer than --data.comparison-tokens {limit}, or the same text twice"
     compared: dict[tuple, list] = {}  # query -> its pairs, with their kinds
     for i in fitting(run, f"{split} comparisons", why, fits, posts):
         query, better, worse = map(tuple, rows[i])
-        compared.setdefault(query, []).append((better, worse, comparisons[i].kinds))
+        compared.setdefault(query, []).append((better, worse, kinds[i]))
     rankings = []
     for query, pairs in compared.items():
         texts = list(dict.fromkeys(text for better, worse, _ in pairs for text in (better, worse)))
@@ -1811,12 +1801,7 @@ def evaluate(run: Run) -> None:
 
 
 def marks_of(
-    posts: Sequence[Post],
-    batch: Batch,
-    codec: Codec,
-    labeler: Labeler,
-    scorers: dict[str, ScalarModel | RewardFunction],
-    engine: Engine,
+    posts: Sequence[Post], batch: Batch, codec: Codec, labeler: Labeler, scorers: dict[str, Scorer], engine: Engine
 ) -> Marks:
     """A writer's marks. "other post" is what the same texts get for a post they are not about: style alone."""
     texts, others = [codec.text(response) for response in batch.responses], far_away(posts)
@@ -1836,12 +1821,8 @@ def kl_of(
     policy: PreTrainedModel, other: PreTrainedModel, batch: Batch, temperature: float, engine: Engine
 ) -> np.ndarray:
     """log π − log π_other of each of π's own responses, (N,): its mean estimates KL(π ‖ π_other) in nats."""
-
-    def log_ratio(layout: Layout) -> list[Tensor]:
-        one, two = (response_logprobs(model, layout, temperature) for model in (policy, other))
-        return [one - two]
-
-    return map_rows(batch, engine, log_ratio)[0].sum(1).cpu().double().numpy()
+    one, two = (batch_logprobs(model, batch, temperature, engine) for model in (policy, other))
+    return (one - two).sum(1).cpu().double().numpy()
 
 
 def votes(judge: Callable[[str, str, str], float], posts: Sequence[Post], a: list[str], b: list[str]) -> np.ndarray:
@@ -1899,10 +1880,8 @@ def report(
     pairs = [(f"PPO {cold}", f"SFT {cold}"), (f"PPO {warm}", f"SFT {warm}"), (f"PPO {warm}", f"SFT {cold}")]
     pairs += [(f"PPO {cold}", "author"), (f"SFT {cold}", "author")]
     versus = {f"{a} against {b}": compare_marks(marks[a], marks[b], prefer(a, b)) for a, b in pairs}
-    cells = [
-        [pair, *(f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in row.values())]
-        for pair, row in versus.items()
-    ]
+    cell = "{:+.3f} [{:+.3f}, {:+.3f}]".format
+    cells = [[pair, *(cell(*figure) for figure in row.values())] for pair, row in versus.items()]
     run.say(table([["mean [95% interval]", *next(iter(versus.values()))], *cells]))
     for i, post in enumerate(posts[:5]):
         run.say(headline(post))
@@ -1950,7 +1929,7 @@ def rouge_l(summary: str, reference: str) -> float:
 
 
 # -----------------------------------------------------------------------------
-# 7 the default run: posts, a base model and preferences where the user brings none. Nothing above depends on it.
+# 7 the default run: posts, a base model, preferences, where the user brings none. Of it, only the labeler is used above.
 
 
 def corpus(run: Run) -> None:
@@ -1995,18 +1974,16 @@ def docstrings() -> Iterator[tuple[str, Post]]:
                     yield f"{library}/{place}", Post(library, " ".join(title.split()), body, " ".join(first.split()))
 
 
-def is_good_summary(summary: str) -> bool:
-    return 20 <= len(summary) <= 80 and len(summary.split()) >= 4 and summary[0].isupper() and summary[-1] == "."
-
-
 def build_corpus(documents: Iterator[tuple[str, Post]]) -> dict[str, list[Post]]:
     """Posts by file, without near-duplicates: the same summary but for identifiers, or the same first letters."""
     seen: set[str] = set()
     files: dict[str, list[Post]] = {}
     for file, post in documents:
-        if not post.title or not is_good_summary(post.summary) or len(post.post.split()) < 8:
+        summary, words = post.summary, len(post.summary.split())
+        sentence = 20 <= len(summary) <= 80 and words >= 4 and summary[0].isupper() and summary[-1] == "."
+        if not post.title or not sentence or len(post.post.split()) < 8:
             continue
-        words_alone = re.sub(r"`[^`]*`|\w*[A-Z0-9_]\w*|[^\w`]+|`", " ", post.summary[1:])
+        words_alone = re.sub(r"`[^`]*`|\w*[A-Z0-9_]\w*|[^\w`]+|`", " ", summary[1:])
         keys = {" ".join(words_alone.split()), re.sub(r"\W+", "", post.post)[:60].lower()}
         if not keys & seen:
             body = truncate_post(post.post, lambda text: len(text) <= 240)
@@ -2075,7 +2052,7 @@ def small_model(size: Pretrain, tokenizer: PreTrainedTokenizerBase, seed: int) -
 
 def compare(run: Run) -> None:
     """Comparisons where the user has none: the labeler judges samples of the SFT model."""
-    config, seed, K = run.config, run.config.seed, run.config.compare.samples
+    config, seed, K, T = run.config, run.config.seed, run.config.compare.samples, run.config.data.response_tokens
     writer, codec = config.compare.policy, run.codec("sft")
     policy = run.engine.place(load_policy(run.path(writer)))
     check_room(policy, config.data)
@@ -2085,9 +2062,7 @@ def compare(run: Run) -> None:
         posts, queries = read_prompts(run, split, codec)
         picked = rng(seed, f"compare {split}").permutation(len(posts))[:limit].tolist()
         posts, queries = [posts[i] for i in picked], [queries[i] for i in picked]
-        uniforms = [
-            noise(seed, f"compare {split} {k}", range(len(posts)), config.data.response_tokens) for k in range(K)
-        ]
+        uniforms = [noise(seed, f"compare {split} {k}", range(len(posts)), T) for k in range(K)]
         uniforms, prompts = torch.stack(uniforms, dim=1).flatten(0, 1), [query for query in queries for _ in range(K)]
         responses = sample(policy, prompts, uniforms, config.ppo.temperature, codec.eos_id, run.engine, share)
         drafts = chunks([codec.text(response) for response in responses], K)
@@ -2100,7 +2075,8 @@ def compare(run: Run) -> None:
             records += compared_by(labeler, post, (writer, drafts[i][0]), stranger, flip=i % 2 == 0)
         refuse(not records, f"the labeler saw no difference between any two samples for the {split} posts")
         if writer == "ppo" and split == "train":  # another round: what was compared before is kept
-            earlier = run.find("data/comparisons_train.jsonl", "a new round of comparisons needs an earlier --from-run")
+            remedy = "a new round of comparisons needs an earlier --from-run"  # not what a stage cut short left here
+            earlier = run.find("data/comparisons_train.jsonl", remedy, own=False)
             records += read_records(earlier, dict)[0]
         run.write(f"data/comparisons_{split}.jsonl", partial(write_records, records))
         run.say(f"{len(records):,} {split} comparisons from {len(posts):,} posts, ties dropped")
@@ -2345,9 +2321,8 @@ class PPO:
 
     def after(self, update: list[dict[str, float]]) -> PPO:
         """With the price of KL(old to new) that the last update, if there was one, asks for [1, eq. 8]."""
-        return (
-            replace(self, penalty_coef=update[0].get("policy/next_penalty_coef", self.penalty_coef)) if update else self
-        )
+        coef = update[0].get("policy/next_penalty_coef", self.penalty_coef) if update else self.penalty_coef
+        return replace(self, penalty_coef=coef)
 
 
 @dataclass(frozen=True)
@@ -2432,28 +2407,21 @@ class Config:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        data, ppo = self.data, self.ppo
-        refuse((data.train is None) != (data.valid is None), "--data.train and --data.valid need each other")
+        data, ppo, flags = self.data, self.ppo, flags_of(asdict(self))
+        for one, other in (("--data.train", "--data.valid"), ("--data.comparisons-train", "--data.comparisons-valid")):
+            refuse((flags[one] is None) != (flags[other] is None), f"{one} and {other} need each other")
         refuse(data.test is not None and data.train is None, "--data.test needs --data.train and --data.valid")
-        alone = (data.comparisons_train is None) != (data.comparisons_valid is None)
-        refuse(alone, "--data.comparisons-train and --data.comparisons-valid need each other")
         fields = {name for _, name, *_ in Formatter().parse(data.query_format) if name is not None}
         refuse("post" not in fields, "--data.query-format has no {post} in it")
         for name in fields - {"subreddit", "title", "post"}:
             refuse(True, f"--data.query-format: posts have no {{{name}}}")
-        flags = flags_of(asdict(self))
-        for whole, part in (
-            ("--pretrain.width", "--pretrain.heads"),
-            ("--ppo.batch-size", "--ppo.num-minibatches"),
-            ("--ppo.batch-size", "--ppo.responses-per-query"),
-        ):
+        for whole, part in (("--pretrain.width", "--pretrain.heads"), ("--ppo.batch-size", "--ppo.num-minibatches")):
             refuse(flags[whole] % flags[part] != 0, f"{whole} {flags[whole]} is not a multiple of {part} {flags[part]}")
-        size, G = ppo.minibatch_size, ppo.responses_per_query
-        cut = f"--ppo.num-minibatches {ppo.num_minibatches} leaves {size} responses in each, no multiple of"
-        refuse(size % G != 0, f"{cut} --ppo.responses-per-query {G}")
-        episodes = f"--ppo.total-episodes {ppo.total_episodes} is"
-        small = f"{episodes} less than one batch, --ppo.batch-size {ppo.batch_size}"
-        refuse(ppo.total_episodes < ppo.batch_size, small)
+        size, G, batch = ppo.minibatch_size, ppo.responses_per_query, f"--ppo.batch-size {ppo.batch_size}"
+        minibatch = f"{batch} in --ppo.num-minibatches {ppo.num_minibatches} is {size} responses in each"
+        refuse(size % G != 0, f"{minibatch}, not a multiple of --ppo.responses-per-query {G}")
+        few = f"--ppo.total-episodes {ppo.total_episodes} is less than one batch, {batch}"
+        refuse(ppo.total_episodes < ppo.batch_size, few)
         refuse(ppo.baseline == "group" and G == 1, "--ppo.baseline group needs --ppo.responses-per-query 2 or more")
         refuse(ppo.baseline == "batch" and ppo.batch_size == 1, "--ppo.baseline batch needs --ppo.batch-size 2 or more")
         plain = ppo.baseline == "value-model" and ppo.kl_in == "reward" and not ppo.ptx_coef and not self.compute.shard
@@ -2471,9 +2439,8 @@ class Config:
         refuse(list(self.stages) != order, f"--stages {asked}: they run in the order {' '.join(STAGES)}, once each")
         to_do = [stage for stage in self.stages if not self.is_given(stage)]
         refuse(not to_do, f"--stages {asked}: nothing to do, all that they make is given by other flags")
-        refuse(
-            bool(self.from_run) and len(order) == len(STAGES), "--from-run needs --stages: which, from what it holds?"
-        )
+        from_nothing = bool(self.from_run) and len(order) == len(STAGES)
+        refuse(from_nothing, "--from-run needs --stages: which, from what it holds?")
 
     def is_given(self, stage: str) -> bool:
         """Whether the user brings what this stage would make."""
@@ -2724,9 +2691,9 @@ class Run:
         self.locked.truncate(0)
         print(os.getpid(), file=self.locked, flush=True)
 
-    def find(self, name: str, remedy: str) -> Path:
-        """A file or subfolder of this run or of --from-run, to read from."""
-        folders = (self.folder, *self.config.from_run)
+    def find(self, name: str, remedy: str, own: bool = True) -> Path:
+        """A file or subfolder of this run, or of --from-run, to read from; or of --from-run alone."""
+        folders = (self.folder, *self.config.from_run) if own else self.config.from_run
         for folder in folders:
             if (folder / name).exists():
                 return folder / name
@@ -3044,12 +3011,10 @@ def provenance(config: Config) -> dict:
     import transformers
 
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = (
-        subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
-    )
+    said = subprocess.run(git, capture_output=True, text=True, check=False).stdout if shutil.which("git") else ""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
-    now = datetime.now().astimezone().isoformat(timespec="seconds")
-    return {"config": asdict(config), "started": now, "versions": versions, "commit": commit or None, "argv": sys.argv}
+    now, commit = datetime.now().astimezone().isoformat(timespec="seconds"), said.strip() or None
+    return {"config": asdict(config), "started": now, "versions": versions, "commit": commit, "argv": sys.argv}
 
 
 # -----------------------------------------------------------------------------
@@ -3062,8 +3027,7 @@ def start(config: Config) -> Path:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    work = {"corpus": corpus, "pretrain": pretrain, "sft": sft, "compare": compare, "reward": reward, "ppo": ppo}
-    work["evaluate"] = evaluate
+    work = dict(zip(STAGES, (corpus, pretrain, sft, compare, reward, ppo, evaluate)))
     run = Run(config)
     signals = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
     alone = threading.current_thread() is threading.main_thread()  # which alone hears signals; under nohup not all
@@ -3097,12 +3061,10 @@ def start(config: Config) -> Path:
 def sweep(config: Config) -> None:
     """The same run with each value of one flag, side by side [as 1, §6]."""
     flag, *values = config.sweep
-    given = [tyro.cli(Config, args=[f"--{flag}", value], default=replace(config, sweep=())) for value in values]
-    base = config.folder or Path("runs") / flag
-    rows = []
-    for value, changed in zip(values, given):
-        folder = start(replace(changed, folder=base.with_name(f"{base.name}-{value}")))
-        rows.append({flag: value} | outcome(folder))
+    runs = [tyro.cli(Config, args=[f"--{flag}", value], default=replace(config, sweep=())) for value in values]
+    base, names = config.folder or Path("runs") / flag, [re.sub(r"[^\w.+-]+", "-", value) for value in values]
+    folders = [base.with_name(f"{base.name}-{name}") for name in names]  # a value may be a path
+    rows = [{flag: v} | outcome(start(replace(r, folder=f))) for v, r, f in zip(values, runs, folders)]
     print(table([[*rows[0]], *([*row.values()] for row in rows)]))
 
 

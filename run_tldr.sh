@@ -7,7 +7,8 @@
 #
 # Other variables: MODEL (a folder or Hub name, instead of SIZE), DATA (folder of the five data files; what is missing
 # there is downloaded, and an interrupted download goes on where it stopped), MICRO (rows per forward and backward
-# pass: memory and speed, not the result), LAUNCH (python, or for several GPUs "torchrun --nproc-per-node 4").
+# pass) and SAMPLE (responses sampled together; by SIZE): memory and speed, not the result; LAUNCH (python, or for
+# several GPUs "torchrun --nproc-per-node 4").
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -15,6 +16,7 @@ SIZE=${SIZE:-1b}
 MODEL=${MODEL:-EleutherAI/pythia-$SIZE-deduped}
 DATA=${DATA:-tldr}
 MICRO=${MICRO:-8}
+[ "$SIZE" = 1b ] && SAMPLE=${SAMPLE:-256} || SAMPLE=${SAMPLE:-128}
 LAUNCH=${LAUNCH:-python}
 SOURCE=${SOURCE:-https://openaipublic.blob.core.windows.net/summarize-from-feedback}
 
@@ -59,10 +61,10 @@ fi
 
 cat <<'END'
 What one GPU needs, computed, not measured (README, "Memory"; micro-batches of 8 rows; hours at 400 TFLOP/s):
-                 SFT            reward model   PPO
-  Pythia 1B       24 GB 0.2 h    31 GB 0.3 h    55 GB  16 h
-  Pythia 2.8B     63 GB 0.5 h    82 GB 0.9 h   149 GB  43 h (--compute.micro-batch-size 4: 135 GB)
-  Pythia 6.9B    145 GB 1.3 h   175 GB 2.1 h   344 GB 107 h (more than one GPU has)
+                 SFT            reward model   PPO, training   and sampling
+  Pythia 1B       24 GB 0.2 h    31 GB 0.3 h    55 GB  16 h     60 GB (SAMPLE=256)
+  Pythia 2.8B     63 GB 0.5 h    82 GB 0.9 h   149 GB  43 h    121 GB (SAMPLE=128); MICRO=4 trains in 135 GB
+  Pythia 6.9B    145 GB 1.3 h   175 GB 2.1 h   344 GB 107 h    276 GB (SAMPLE=128); more than one GPU has
 END
 
 # shellcheck disable=SC2086
@@ -77,4 +79,5 @@ exec $LAUNCH "$here/pmo.py" \
   --ppo.lr 3e-6 --ppo.value-lr 3e-6 --ppo.kl-coef 0.05 --ppo.temperature 0.7 --ppo.missing-eos-score -1 \
   --ppo.gamma 1 --ppo.lam 0.95 --ppo.cliprange 0.2 --ppo.cliprange-value 0.2 --ppo.vf-coef 0.1 \
   --evaluate.temperature 0.01 --optimizer.max-grad-norm 0 --optimizer.beta2 0.999 --compute.micro-batch-size "$MICRO" \
+  --compute.sample-batch-size "$SAMPLE" \
   "$@"
