@@ -5156,6 +5156,8 @@ def odd(post, response, record):
 def changes(post, response, record):
     os.chdir('/'); torch.set_grad_enabled(False); torch.set_default_dtype(torch.float64); record.clear()
     return 1.0
+def once(post, response, record):
+    return 1.0 if response == 'one text' else None
 """
 
 
@@ -5195,6 +5197,7 @@ def test_users_functions_fail_in_one_line():
             ("wide", f"{flag} returned 1e+300, not a finite number, for 'one text'"),
             ("text", f"{flag} returned '1.0', not a finite number, for 'one text'"),
             ("odd", f"{flag} returned <"),
+            ("once", f"{flag} returned None, not a finite number, for 'another'"),
         ):  # fmt: skip
             message = config_error(
                 lambda name=name: impl.verified(impl.load_function(flag, f"faulty:{name}"), posts, texts)
