@@ -2018,7 +2018,7 @@ def train_tokenizer(posts: Sequence[Post], template: str, vocab_size: int) -> Pr
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator((text for post in posts for text in (post.title, post.post, " " + post.summary)), trainer)
+    bpe.train_from_iterator((text[:10_000] for p in posts for text in (p.title, p.post, " " + p.summary)), trainer)
     # Without the space that ends a piece: it belongs to the next word, which then looks the same wherever it stands.
     bpe.add_tokens([literal.rstrip(" ") for literal, *_ in Formatter().parse(template) if literal.strip()])
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|padding|>")
