@@ -5109,7 +5109,9 @@ def test_only_finite_weights_and_own_settings_are_saved():
     saved = torch.load(config.folder.with_name("overflows 0.0") / "checkpoint.pt", weights_only=True)
     assert saved["step"] == 3 and all(weight.isfinite().all() for weight in saved["model"].values())
     weights = {"a.weight": torch.tensor([1.0, math.nan])}
-    assert config_error(lambda: impl.save_model(tiny_policy("neox"), weights, tiny_tokenizer(), workshop() / "nan")).startswith("a.weight is not finite")
+    assert config_error(
+        lambda: impl.save_model(tiny_policy("neox"), weights, tiny_tokenizer(), workshop() / "nan")
+    ).startswith("a.weight is not finite")
     made = json.loads((impl.start(config) / "sft" / "generation_config.json").read_text())
     made = {name: value for name, value in made.items() if name not in ("transformers_version", "_from_model_config")}
     assert made == {"eos_token_id": 0, "pad_token_id": 1}, made
