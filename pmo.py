@@ -711,9 +711,10 @@ def load_models(run: Run) -> Models:
         value_model = place(ScalarModel.load(run.path("reward"), train_bias=True))
         # No loss saw the reward model before EOS: its level there is an accident, which PPO would spend its start on
         # (value initialization bias, Yuan et al. 2025, arXiv 2503.01491). Over the references it is made 0.
-        examples = read_examples(run, "train", run.codec("sft"))
-        (values,) = map_rows(examples, run.engine, lambda layout: [value_model.values(layout)])
-        value_model.center(values.sum().item() / examples.response_tokens)
+        codec, (posts, queries) = run.codec("sft"), read_prompts(run, "train", run.codec("sft"))
+        references = Batch(queries, author_responses(codec, posts, policy))
+        (values,) = map_rows(references, run.engine, lambda layout: [value_model.values(layout)])
+        value_model.center(values.sum().item() / references.response_tokens)
     elif config.baseline == "value-model":
         value_model = ScalarModel.load(sft_folder, train_bias=True, new_head=rng(run.config.seed, "value head"))
         nn.init.zeros_(value_model.classifier.score.weight)

@@ -3935,7 +3935,7 @@ HUB_POST = "SUBREDDIT: r/cats\n\nTITLE: b\n\nPOST: c\n\nwith TL;DR: in it\n\nTL;
 
 
 @law(
-    "OpenAI's records and the Hub's columns give the same posts and comparisons; comparisons of articles are another task",
+    "OpenAI's records and the Hub's columns give the same posts and comparisons; those of news articles are a kind of their own",
     "openai/summarize-from-feedback; the Hub's copies of it", "parse_post", "parse_comparison", "Post",
 )  # fmt: skip
 def test_both_forms_of_the_data_are_read():
@@ -3947,7 +3947,8 @@ def test_both_forms_of_the_data_are_read():
     for parsed in map(impl.parse_comparison, (openai, hub)):
         assert parsed.post.fields() == post._replace(summary="").fields()
         assert (parsed.chosen, parsed.rejected) == ("y", "x")
-    assert impl.parse_comparison(openai | {"info": {"id": "1", "article": "text", "title": "t"}}) is None
+    news = impl.parse_comparison(openai | {"info": {"id": "1", "article": "text", "title": "t"}})
+    assert news.post[:3] == ("news", "t", "text") and news.kinds[-1] == "news articles"
     with pytest.raises(impl.InputError, match="empty"):
         impl.parse_comparison(hub | {"chosen": " "})
     with pytest.raises(impl.InputError, match="Unicode"):
@@ -5294,7 +5295,7 @@ def test_a_runs_folder_is_input():
     "torch.save and safetensors raise no OSError", *RESUME_NEEDS,
 )  # fmt: skip
 def test_a_full_disk_is_told_whoever_writes():
-    target = workshop() / "full"
+    target = workshop() / "disk full"
 
     def fails(error: Exception) -> Callable:
         def write(path: Path) -> None:
@@ -6134,11 +6135,11 @@ def test_a_sweep_makes_one_table_of_runs():
         assert " ".join(row.split()[1:]) == " ".join(expected)
     for wrong in (("ppo.nothing", "1"), ("ppo.objective", "clip", "nothing")):
         with contextlib.redirect_stderr(io.StringIO()), pytest.raises(SystemExit):
-            impl.sweep(replace(config, folder=config.folder.with_name("never"), sweep=wrong))
-    impossible = replace(config, folder=config.folder.with_name("never"), sweep=("ppo.batch-size", "16", "15"))
+            impl.sweep(replace(config, folder=config.folder.with_name("refused sweep"), sweep=wrong))
+    impossible = replace(config, folder=config.folder.with_name("refused sweep"), sweep=("ppo.batch-size", "16", "15"))
     with contextlib.redirect_stderr(io.StringIO()), pytest.raises((SystemExit, impl.InputError)):
         impl.sweep(impossible)
-    assert not list(config.folder.parent.glob("never*"))
+    assert not list(config.folder.parent.glob("refused sweep*"))
 
 
 ADAPTIVE = {"objective": "adaptive", "target_kl": 1e-5}
@@ -6816,8 +6817,8 @@ MUTANTS = [
     Mutant("siblings share their noise", "test_minibatches_are_whole_groups", 'noise(seed, "episodes", episodes, T)', 'noise(seed, "episodes", [i // config.responses_per_query for i in episodes], T)'),
     Mutant("siblings are no neighbours", "test_minibatches_are_whole_groups", "[i for i in shuffled(seed, purpose, n, episodes.start // G, episodes.stop // G) for _ in range(G)]", "shuffled(seed, purpose, n, episodes.start // G, episodes.stop // G) * G"),
     # the family
-    Mutant("the value model keeps its level", "test_the_four_models_start_where_they_should", "value_model.center(values.sum().item() / examples.response_tokens)", "pass"),
-    Mutant("the level is a mean over padding", "test_the_four_models_start_where_they_should", "value_model.center(values.sum().item() / examples.response_tokens)", "value_model.center(values.mean().item())"),
+    Mutant("the value model keeps its level", "test_the_four_models_start_where_they_should", "value_model.center(values.sum().item() / references.response_tokens)", "pass"),
+    Mutant("the level is a mean over padding", "test_the_four_models_start_where_they_should", "value_model.center(values.sum().item() / references.response_tokens)", "value_model.center(values.mean().item())"),
     Mutant("the group's baseline is a mean with itself", "test_the_gradient_is_unbiased_with_every_baseline", "((groups.sum(1, keepdim=True) - groups) / (G - 1))", "groups.mean(1, keepdim=True).expand_as(groups)"),
     Mutant("the group's baseline is the batch's", "test_baselines_are_the_means_they_are_called", 'G = config.responses_per_query if config.baseline == "group" else len(returns)', "G = len(returns)"),
     Mutant("the reward-to-go is discounted by λ", "test_baselines_are_the_means_they_are_called", "rollout.mask, config.gamma, 1.0)", "rollout.mask, config.gamma, config.lam)"),
