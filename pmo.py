@@ -279,26 +279,6 @@ def value_loss(
     return torch.max((values - returns).square(), (clipped - returns).square()) / 2
 
 
-def adapted(coef: float, kl: float, target: float) -> float:
-    """The price of the next update's KL: halved below target / 1.5, doubled above 1.5 · target [1, §4]."""
-    return coef / 2 if kl < target / 1.5 else coef * 2 if kl > target * 1.5 else coef
-
-
-def conjugate_gradients(
-    product: Callable[[Tensor], Tensor],  # v (N,) -> F v (N,), F symmetric and positive definite
-    b: Tensor,  # (N,)
-    steps: int = 10,
-) -> Tensor:  # (N,) x with F x ≈ b
-    """The best x in span(b, F b, F² b, ...), without ever holding F [6, appendix C; Hestenes and Stiefel 1952]."""
-    x, residual, direction = torch.zeros_like(b), b, b
-    for _ in range(steps):
-        image = product(direction)
-        step = (residual @ residual) / (direction @ image)
-        x, before, residual = x + step * direction, residual, residual - step * image
-        direction = residual + (residual @ residual) / (before @ before) * direction
-    return x
-
-
 def aggregate(
     losses: Tensor,  # (B, T)
     mask: Tensor,  # (B, T) bool
@@ -613,6 +593,26 @@ def natural_step(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine:
             return {"policy/halvings": halvings, "policy/surrogate_gain": gain}
     set_parameters(parameters, start)
     return {"policy/halvings": 10, "policy/surrogate_gain": 0.0}
+
+
+def adapted(coef: float, kl: float, target: float) -> float:
+    """The price of the next update's KL: halved below target / 1.5, doubled above 1.5 · target [1, §4]."""
+    return coef / 2 if kl < target / 1.5 else coef * 2 if kl > target * 1.5 else coef
+
+
+def conjugate_gradients(
+    product: Callable[[Tensor], Tensor],  # v (N,) -> F v (N,), F symmetric and positive definite
+    b: Tensor,  # (N,)
+    steps: int = 10,
+) -> Tensor:  # (N,) x with F x ≈ b
+    """The best x in span(b, F b, F² b, ...), without ever holding F [6, appendix C; Hestenes and Stiefel 1952]."""
+    x, residual, direction = torch.zeros_like(b), b, b
+    for _ in range(steps):
+        image = product(direction)
+        step = (residual @ residual) / (direction @ image)
+        x, before, residual = x + step * direction, residual, residual - step * image
+        direction = residual + (residual @ residual) / (before @ before) * direction
+    return x
 
 
 def set_parameters(parameters: list[Tensor], theta: Tensor) -> None:
