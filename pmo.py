@@ -2433,6 +2433,7 @@ class Config:
         again = self.compare.policy == "ppo" and not self.from_run
         refuse(again, "--compare.policy ppo needs --from-run, a run whose policy and comparisons there are")
         refuse(len(self.sweep) == 1, f"--sweep {' '.join(self.sweep)}: a flag needs values")
+        refuse(bool(self.sweep) and self.resume is not None, "--sweep makes runs of its own; --resume goes on with one")
         self.check_stages()
 
     def check_stages(self) -> None:
