@@ -711,7 +711,8 @@ def load_models(run: Run) -> Models:
         value_model = place(ScalarModel.load(run.path("reward"), train_bias=True))
         # No loss saw the reward model before EOS: its level there is an accident, which PPO would spend its start on
         # (value initialization bias, Yuan et al. 2025, arXiv 2503.01491). Over the references it is made 0.
-        codec, (posts, queries) = run.codec("sft"), read_prompts(run, "train", run.codec("sft"))
+        codec = run.codec("sft")
+        posts, queries = read_prompts(run, "train", codec)
         references = Batch(queries, author_responses(codec, posts, policy))
         (values,) = map_rows(references, run.engine, lambda layout: [value_model.values(layout)])
         value_model.center(values.sum().item() / references.response_tokens)
