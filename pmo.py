@@ -323,7 +323,7 @@ def ppo(run: Run) -> None:
     labeler = Labeler(posts) if run.labeler_chose else None
     demonstrations = read_examples(run, "train", codec) if config.ptx_coef else None
     share = run.can_share(queries, config.responses_per_query, *models)
-    trained, rates = models.learned(), {"policy": config.policy_lr, "value_model": config.value_lr}
+    trained, rates = models.learned(), {"policy": config.lr, "value_model": config.value_lr}
     optimizer = adamw(run.config.optimizer, *((module, rates[name]) for name, module in trained.items()))
     for update in run.steps("ppo", config.num_updates, optimizer, **trained):
         set_lr(optimizer, 1 - update / config.num_updates)  # linear to 0 [D21]
@@ -485,6 +485,8 @@ def ppo_losses(models: Models, config: PPO, part: Rollout, whole: Rollout) -> di
     # Zeroed padding first: what stands there must not meet exp() or a square, whose NaN gradients no mask removes.
     logprobs = logprobs_of(logits, layout.responses, config.temperature).masked_fill(~part.mask, 0)  # [D13]
     values = values.masked_fill(~part.mask, 0)
+    if config.objective == "constraint":
+        logprobs = logprobs.detach()  # `natural_step` has moved the policy; what is left is to learn values
     cliprange = config.cliprange if config.objective == "clip" else math.inf
     policy_losses = policy_loss(logprobs, part.logprobs, part.advantages, cliprange)
     value_losses = value_loss(values, part.values, part.returns, config.cliprange_value)
@@ -507,16 +509,17 @@ def ppo_losses(models: Models, config: PPO, part: Rollout, whole: Rollout) -> di
     with torch.no_grad():
         log_ratio = logprobs - part.logprobs
         unclipped = -log_ratio.exp() * part.advantages
-        return {
-            "loss": loss,
+        statistics = {
             "loss/policy": share(policy_losses),
-            "loss/value": share(value_losses),
             "policy/approxkl": token_mean(log_ratio.square() / 2),
             "policy/clipfrac": token_mean((policy_losses > unclipped).float()),
-            "val/clipfrac": token_mean((2 * value_losses > (values - part.returns).square()).float()),
-            "val/ratio": token_mean(log_ratio.exp()),
             "policy/abs_log_ratio": token_mean(log_ratio.abs()),
+            "val/ratio": token_mean(log_ratio.exp()),
         }
+        if config.learns_values:
+            clipped = 2 * value_losses > (values - part.returns).square()
+            statistics |= {"loss/value": share(value_losses), "val/clipfrac": token_mean(clipped.float())}
+    return {"loss": loss} | statistics
 
 
 def optimizer_step(
@@ -533,7 +536,9 @@ def optimizer_step(
     statistics = {name: float(total) for name, total in totals.items()}
     for name in ("loss", "grad_norm"):  # [D22]
         if not math.isfinite(statistics[name]):
-            raise Stopped(f"{name} is {statistics[name]}, so no step was taken; try a lower learning rate [D22]")
+            raise Stopped(
+                f"{name} is {statistics[name]}, so no step was taken; try a lower learning rate (it may change) [D22]"
+            )
     optimizer.step()
     return statistics | {"lr": optimizer.param_groups[0]["lr"]}
 
@@ -628,13 +633,14 @@ def update_kl(policy: PreTrainedModel, rollout: Rollout, temperature: float, eng
 
 def rollout_statistics(rollout: Rollout, config: PPO) -> dict[str, float]:
     """What [4] logs of a rollout; `objective/` are means over responses of sums over their tokens [D23]."""
-    kl = (rollout.logprobs - rollout.ref_logprobs).sum(1).mean().item()
+    kl = (rollout.logprobs - rollout.ref_logprobs).sum(1)
     scores = penalize_missing_eos(rollout.scores, rollout.has_eos, config.missing_eos_score).mean().item()
     unwhitened = shape_rewards(rollout, replace(config, whiten_rewards=False)).sum(1).mean().item()
     return {
         "objective/scores": scores,
         "objective/raw_scores": rollout.scores.mean().item(),  # before those without EOS were replaced
-        "objective/kl": kl,
+        "objective/kl": kl.mean().item(),
+        "objective/kl_error": ((kl.var(correction=0) + 1) / len(kl)).sqrt().item(),  # as if one more nat² had been seen
         "objective/entropy": rollout.entropy.sum(1).mean().item(),
         "objective/non_score_reward": unwhitened - scores,
         "objective/rlhf_reward": unwhitened,
@@ -680,6 +686,8 @@ def bad_signs(history: list[dict[str, float]]) -> Iterator[str]:
     last, quarter = history[-1], len(history) // 4
     if last["policy/first_abs_log_ratio"] > 0.02 and "policy/halvings" not in last:  # a natural step comes before it
         yield "the first ratio of a batch is not 1: old log-probabilities do not come from the same computation [D14]"
+    if last["objective/kl"] < -4 * last["objective/kl_error"]:
+        yield "the KL to the SFT model is negative: responses are not samples of the policy that is said to write them"
     if last["val/eos_rate"] < 0.5:
         yield "fewer than half of the responses end: raise --data.response-tokens or lower --ppo.missing-eos-score"
     if len(history) == 1 and last.get("val/explained_variance", 0) < -3:
@@ -1324,7 +1332,11 @@ def save_model(
 def check_finite(weights: dict[str, Tensor]) -> None:
     """What a last step has spoilt is not kept: the run can go on from before [D22]."""
     for name, weight in weights.items():
-        refuse(not weight.isfinite().all(), f"{name} is not finite; try a lower learning rate [D22]", Stopped)
+        refuse(
+            not weight.isfinite().all(),
+            f"{name} is not finite; try a lower learning rate (it may change) [D22]",
+            Stopped,
+        )
 
 
 # -----------------------------------------------------------------------------
@@ -1791,6 +1803,8 @@ def evaluate(run: Run) -> None:
             marks[writer] = marks_of(posts, batch, codec, labeler, scorers, engine)
             if temperature == warm:  # the KL is that of the policy PPO sampled from
                 marks[writer]["kl"] = kl_of(policy, policies["SFT"], batch, warm, engine)
+    written = [{"summaries": {writer: summaries[i] for writer, summaries in texts.items()}} for i in range(len(posts))]
+    run.write("eval.jsonl", partial(write_records, [post.fields() | record for post, record in zip(posts, written)]))
     row = {"labeler": "labeler", "reward": "score"}.get(judge, "judge")
     vote = load_function("--evaluate.judge", judge) if row not in marks["author"] else None
 
@@ -1870,7 +1884,7 @@ def report(
     marks: dict[str, Marks],
     prefer: Callable[[str, str], np.ndarray],
 ) -> None:
-    """Table, controls, samples, verdict; eval.json, and eval.jsonl with all summaries for an outside judge."""
+    """Table, controls, samples, verdict, eval.json."""
     labeler = "the labeler that made the preferences" if run.labeler_chose else "word overlap, not those who chose"
     known, judge = {"labeler": labeler, "reward": "what PPO was trained on"}, run.config.evaluate.judge
     judge = known.get(judge, judge)
@@ -1890,8 +1904,6 @@ def report(
         run.say("\n".join(f"    {writer:10} {texts[writer][i]}" for writer in ("author", f"SFT {cold}", f"PPO {cold}")))
     conclusion = verdict(versus, judge, len(posts))
     run.say(f"\n{conclusion}")
-    written = [{"summaries": {writer: summaries[i] for writer, summaries in texts.items()}} for i in range(len(posts))]
-    run.write("eval.jsonl", partial(write_records, [post.fields() | record for post, record in zip(posts, written)]))
     record = {"posts": len(posts), "judge": judge, "means": means, "comparisons": versus, "verdict": conclusion}
     run.write("eval.json", partial(write_json, record))
 
@@ -2308,10 +2320,6 @@ class PPO:
     @property
     def minibatch_size(self) -> int:
         return self.batch_size // self.num_minibatches
-
-    @property
-    def policy_lr(self) -> float:
-        return 0.0 if self.objective == "constraint" else self.lr  # which moves the policy without an optimizer
 
     @property
     def learns_values(self) -> bool:
@@ -3044,8 +3052,8 @@ def start(config: Config) -> Path:
                 work[stage](run)
                 run.leave()
     except Stopped as error:
-        where, remedy = f"{run.stage}, step {run.step + 1}", "goes on from before, and learning rates may change"
-        raise Stopped(f"{where}: {error}; --resume {run.folder} {remedy}") from None
+        goes_on = f"once that is mended, --resume {run.folder} goes on from before"
+        raise Stopped(f"{run.stage}, step {run.step + 1}: {error}; {goes_on}") from None
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise ConnectionError(f"another process has ended; go on with --resume {run.folder}") from None
@@ -3068,7 +3076,8 @@ def sweep(config: Config) -> None:
     base, names = config.folder or Path("runs") / flag, [re.sub(r"[^\w.+-]+", "-", value) for value in values]
     folders = [base.with_name(f"{base.name}-{name}") for name in names]  # a value may be a path
     rows = [{flag: v} | outcome(start(replace(r, folder=f))) for v, r, f in zip(values, runs, folders)]
-    print(table([[*rows[0]], *([*row.values()] for row in rows)]))
+    if os.environ.get("RANK", "0") == "0":
+        print(table([[*rows[0]], *([*row.values()] for row in rows)]))
 
 
 def outcome(folder: Path) -> dict[str, str]:

@@ -2254,10 +2254,12 @@ def test_rollout_statistics_are_what_their_names_say(s):
     rewards = impl.shape_rewards(rollout, config)
     statistics = impl.rollout_statistics(rollout, replace(config, whiten_rewards=True))
     n = len(s.lengths)
-    kl = sum(p - q for a, b in zip(s.a, s.b) for p, q in zip(a, b)) / n
+    kls = [sum(p - q for p, q in zip(a, b)) for a, b in zip(s.a, s.b)]
+    kl = sum(kls) / n
+    spread = sum((x - kl) ** 2 for x in kls) / n
     entropies = [abs(x) for row in s.c for x in row]
     expected = {
-        "objective/kl": kl, "objective/entropy": sum(entropies) / n,
+        "objective/kl": kl, "objective/kl_error": ((spread + 1) / n) ** 0.5, "objective/entropy": sum(entropies) / n,
         "objective/scores": sum(row[0] if end else -3.0 for row, end in zip(s.c, ended)) / n,
         "objective/non_score_reward": -0.25 * kl, "objective/rlhf_reward": rewards.sum().item() / n,
         "policy/entropy": sum(entropies) / len(entropies), "val/eos_rate": sum(ended) / n, "val/num_eos_tokens": sum(ended),
@@ -4701,11 +4703,13 @@ def test_work_is_dealt_once(groups, world):
 )  # fmt: skip
 def test_bad_signs_are_said_once():
     fine = {"policy/first_abs_log_ratio": 1e-6, "val/eos_rate": 0.9, "policy/clipfrac": 0.1}
+    fine |= {"objective/kl": -0.3, "objective/kl_error": 0.1}
     assert list(impl.bad_signs([fine] * 20)) == [], "under a rule there is no labeler"
     fine |= {"objective/scores": 1.0, "objective/raw_scores": 1.0, "objective/labeler": 0.2}
     assert list(impl.bad_signs([fine] * 20)) == []
     for name, value, word in (
         ("policy/first_abs_log_ratio", 0.03, "ratio"), ("val/eos_rate", 0.4, "end"), ("policy/clipfrac", 0.6, "clipped"),
+        ("objective/kl", -0.5, "negative"),
     ):  # fmt: skip
         (warning,) = impl.bad_signs([fine] * 3 + [fine | {name: value}])
         assert word in warning
@@ -5104,7 +5108,7 @@ def test_only_finite_weights_and_own_settings_are_saved():
             ill = replace(config, folder=folder, compute=impl.Compute(checkpoint_minutes=minutes))
             message = config_error(lambda: impl.start(ill))
         assert re.fullmatch(
-            r"sft, step \d: \S+ is (not finite; try a lower learning rate|nan) \[D22\]; --resume .*", message
+            r"sft, step \d: \S+ is (not finite; try a lower learning rate \(it may change\)|nan) \[D22\]; once .*", message
         ), message
         assert not (folder / "sft").exists() and not (folder / "sft.part").exists()
     saved = torch.load(config.folder.with_name("overflows 0.0") / "checkpoint.pt", weights_only=True)
@@ -5230,7 +5234,7 @@ def test_users_functions_fail_in_one_line():
         config = replace(config, ppo=replace(config.ppo, reward_function="faulty:exits"))
         message = config_error(lambda: impl.start(config))
         assert message.startswith(f"ppo, step 1: {flag}: SystemExit: 0 (faulty.py, line 8), for ")
-        assert f"; --resume {config.folder} goes on" in message
+        assert f"; once that is mended, --resume {config.folder} goes on" in message
 
 
 @law(
@@ -5936,7 +5940,9 @@ def test_objectives_are_what_they_are_called():
         shares = impl.ppo_losses(models, replace(config, objective=objective), old, old)
         assert shares["loss"].item() == pytest.approx(expected, abs=1e-5), objective
         assert (shares["policy/clipfrac"] > 0) == (objective == "clip")
-        assert replace(config, objective=objective).policy_lr == (0 if objective == "constraint" else config.lr)
+        gradients = torch.autograd.grad(shares["loss"], list(models.policy.parameters()), allow_unused=True)
+        moved = any(gradient is not None for gradient in gradients)
+        assert moved == (objective != "constraint"), "of a constraint the optimizer moves the values alone"
     check_splitting(partial(impl.ppo_losses, models, replace(config, objective="penalty")), old, [models.policy])
 
 
@@ -6678,7 +6684,7 @@ MUTANTS = [
     Mutant("accuracy is inverted", "test_reward_accuracies_are_shares_of_pairs", "wins = wins_of(scores[better], scores[worse])", "wins = wins_of(scores[worse], scores[better])"),
     Mutant("every shown text has the author's score", "test_shown_samples_belong_to_their_models", "[post], codec, engine, Batch(queries, responses))", '[post], codec, engine, Batch(queries, written["author"]))'),
     Mutant("shown texts change names", "test_shown_samples_belong_to_their_models", '(("sft", models.ref_policy), ("ppo", models.policy))', '(("sft", models.policy), ("ppo", models.ref_policy))'),
-    Mutant("val/clipfrac compares a half with a whole", "test_ppo_loss_adds_up", "(2 * value_losses > (values", "(value_losses > (values"),
+    Mutant("val/clipfrac compares a half with a whole", "test_ppo_loss_adds_up", "clipped = 2 * value_losses > (values", "clipped = value_losses > (values"),
     Mutant("every update has the same noise", "test_every_update_sees_its_own_episodes", 'noise(seed, "episodes", episodes, T)', 'noise(seed, "episodes", range(config.batch_size), T)'),
     Mutant("every update has the same posts", "test_every_update_sees_its_own_episodes", "len(posts), episodes, config.responses_per_query)", "len(posts), range(config.batch_size), config.responses_per_query)"),
     Mutant("value targets come from whitened advantages", "test_every_update_sees_its_own_episodes", "        advantages = whiten(advantages, rollout.mask)\n", "        advantages = whiten(advantages, rollout.mask)\n        returns = advantages + rollout.values\n"),
@@ -6758,6 +6764,8 @@ MUTANTS = [
     Mutant("a share's interval is the normal one", "test_shares_have_wilsons_interval", "p * (1 - p) / n + z * z / (4 * n * n))", "p * (1 - p) / n)"),
     Mutant("scores without EOS count as hacking", "test_bad_signs_are_said_once", 'if rise("raw_scores") > 0', 'if rise("scores") > 0'),
     Mutant("the labeler watches a rule", "test_a_rule_replaces_the_reward_model", "labeler = Labeler(posts) if run.labeler_chose else None", "labeler = Labeler(posts)"),
+    Mutant("a negative KL alarms nobody", "test_bad_signs_are_said_once", 'if last["objective/kl"] < -4 *', 'if last["objective/kl"] < -400 *'),
+    Mutant("the KL's error is its deviation", "test_rollout_statistics_are_what_their_names_say", "((kl.var(correction=0) + 1) / len(kl)).sqrt()", "(kl.var(correction=0) + 1).sqrt()"),
     Mutant("the KL that stops is the step's", "test_bad_signs_are_said_once", '(kl := statistics["objective/kl"])', '(kl := statistics["policy/approxkl"])'),
     Mutant("a shown sample without EOS has the reward model's score", "test_shown_samples_belong_to_their_models", "score = penalize_missing_eos(score, has_eos, config.ppo.missing_eos_score).item()", "score = score.item()"),
     Mutant("SFT's epochs are whole ones", "test_what_is_asked_for_in_pretraining_and_sft", "max(1, round(config.epochs * len(batch))))\n    steps", "round(config.epochs) * len(batch))\n    steps"),
@@ -6842,7 +6850,7 @@ MUTANTS = [
     Mutant("unclipped is clipped", "test_objectives_are_what_they_are_called", 'config.cliprange if config.objective == "clip" else math.inf', "config.cliprange"),
     Mutant("the penalty is on KL(π ‖ π_old)", "test_objectives_are_what_they_are_called", 'kl_estimate(part.logprobs, logprobs, "k3")', 'kl_estimate(logprobs, part.logprobs, "k3")'),
     Mutant("adaptive pays nothing", "test_objectives_are_what_they_are_called", 'if config.objective in ("penalty", "adaptive"):', 'if config.objective == "penalty":'),
-    Mutant("the optimizer moves a constrained policy", "test_objectives_are_what_they_are_called", 'return 0.0 if self.objective == "constraint" else self.lr', "return self.lr"),
+    Mutant("the optimizer moves a constrained policy", "test_objectives_are_what_they_are_called", "logprobs = logprobs.detach()", "logprobs = logprobs + 0"),
     Mutant("the constant is the longest response", "test_a_constant_average_divides_by_the_room", "len(whole) * whole.room", "len(whole) * whole.mask.shape[1]"),
     Mutant("nobody says how much room there is", "test_every_member_of_the_family_runs", "room=T, shown=shown)", "shown=shown)"),
     Mutant("demonstrations have a price of 1", "test_demonstrations_add_their_loss", "config.ptx_coef * language_model_losses", "1.0 * language_model_losses"),
