@@ -318,7 +318,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def ppo(run: Run) -> None:
     """Proximal policy optimisation against the reward model [1; 4]. Steps are numbered as in the docstring above."""
     config, engine, seed, T = run.config.ppo, run.engine, run.config.seed, run.config.data.response_tokens
-    codec, models, history = run.codec("sft"), load_models(run), run.logged("ppo")  # of before, in a resumed run
+    codec, models, history = run.codec("sft"), load_models(run), ppo_updates(run.folder)  # of before, if resumed
     (posts, queries), (valid, _) = read_prompts(run, "train", codec), read_prompts(run, "valid", codec)
     labeler = Labeler(posts) if run.labeler_chose else None
     demonstrations = read_examples(run, "train", codec) if config.ptx_coef else None
@@ -359,6 +359,7 @@ def ppo(run: Run) -> None:
         if (kl := statistics["objective/kl"]) > (config.max_kl or math.inf):
             run.say(f"stopped: KL {kl:.2f} exceeds --ppo.max-kl {config.max_kl}")
             break
+    run.say(sparklines(history))
     run.write("ppo", partial(save_model, models.policy, engine.weights(models.policy), codec.tokenizer))
 
 
@@ -1930,6 +1931,53 @@ def table(rows: list[list[str]]) -> str:
     return "\n" + "\n".join(lines)
 
 
+CURVES = {
+    "score": "objective/scores",
+    "labeler": "objective/labeler",
+    "KL to SFT": "objective/kl",
+    "entropy": "policy/entropy",
+    "clipfrac": "policy/clipfrac",
+    "end rate": "val/eos_rate",
+    "tokens": "val/response_tokens",
+}
+
+
+def sparklines(history: list[dict[str, float]]) -> str:
+    """PPO's curves for the screen: the first value, eight levels between the lowest and the highest, the last value."""
+    rows = []
+    for label, name in CURVES.items():
+        curve = [update[name] for update in history if name in update]
+        if curve:
+            means = [sum(part) / len(part) for part in chunks(curve, math.ceil(len(curve) / 60))]
+            span = max(means) - min(means) or 1.0
+            levels = ["▁▂▃▄▅▆▇█"[int(7.999 * (mean - min(means)) / span)] for mean in means]
+            rows.append([label, f"{curve[0]:.3g}", "".join(levels), f"{curve[-1]:.3g}"])
+    return table(rows)
+
+
+def plot(folders: Sequence[Path], target: Path) -> None:
+    """The same curves of one run, or of several in one picture."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(14, 6), layout="constrained")
+    for axes, (label, name) in zip(picture.subplots(2, 4).flat, CURVES.items()):
+        for folder in folders:
+            curve = [update[name] for update in ppo_updates(folder) if name in update]
+            axes.plot(range(1, len(curve) + 1), curve, label=folder.name)
+        axes.set(title=label, xlabel="update")
+    picture.legend(*axes.get_legend_handles_labels(), loc="lower right")
+    picture.savefig(target, format="png")
+
+
+def ppo_updates(folder: Path) -> list[dict]:
+    """What metrics.jsonl of a run holds of PPO."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    with one_line(f"{path} is not what a run writes"), open(path, encoding="utf-8") as lines:
+        return [record for record in map(json.loads, lines) if record["stage"] == "ppo"]
+
+
 def rouge_l(summary: str, reference: str) -> float:
     """ROUGE-L F1: longest common subsequence of words, over the mean of both lengths [Lin 2004]."""
     a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (summary, reference))
@@ -2653,7 +2701,7 @@ class Run:
         self.stage, self.step = "", 0
         self.started = self.entered = self.saved = time.monotonic()
         self.seconds: dict[str, float] = {}
-        self.interrupted, self.in_steps = False, False
+        self.interrupted, self.in_steps, self.untouched = False, False, not config.resume
         self.said: set[str] = set()
         self.bar = tqdm(disable=True)
         # Stages that are finished, and the lengths of the logs. In the middle of a stage: its name, the next step, and
@@ -2684,6 +2732,7 @@ class Run:
 
     def write(self, name: str, function: Callable[[Path], None]) -> None:
         """Let `function` write a file or folder of this run, whole or not at all; process 0 writes, the others wait."""
+        self.untouched &= name in ("config.json", STATE)
         self.engine.once(write_whole, self.folder / name, function)
 
     def lock(self) -> None:
@@ -2777,14 +2826,6 @@ class Run:
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
-    def logged(self, stage: str) -> list[dict]:
-        """What metrics.jsonl holds of a stage."""
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return []
-        with one_line(f"{path} is not what a run writes"), open(path, encoding="utf-8") as lines:
-            return [record for record in map(json.loads, lines) if record["stage"] == stage]
-
     # steps, and how far the run has come
 
     def enter(self, stage: str) -> None:
@@ -2814,12 +2855,16 @@ class Run:
             self.say(f"going on after step {first:,} of {total:,}")
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # so that any number of processes can go on
         hidden = None if self.engine.rank == 0 else True
+        began, early = time.monotonic(), max(1, (total - first) // 20)
         with tqdm(total=total, initial=first, desc=stage, disable=hidden, leave=False) as self.bar:
-            self.in_steps = True
+            self.in_steps, self.untouched = True, False
             try:
                 for self.step in range(first, total):
                     yield self.step
                     self.bar.update()
+                    if self.step + 1 == first + early:  # the first steps tell how long all will take
+                        seconds = (time.monotonic() - began) / early * (total - first)
+                        self.say(f"{total - first:,} steps, about {seconds:.0f} s")
                     due = time.monotonic() - self.saved >= 60 * self.config.compute.checkpoint_minutes
                     due, interrupted = self.engine.once(lambda due=due: (due, self.interrupted))
                     if due or interrupted:
@@ -2880,6 +2925,8 @@ class Run:
                     self.say(f"note: {folder} had {name} {was.get(name)!r}, this run has {now[name]!r}")
 
     def finish(self) -> None:
+        if importlib.util.find_spec("matplotlib") and ppo_updates(self.folder):
+            self.write("curves.png", partial(plot, [self.folder]))
         if self.writer:
             self.writer.close()
         if self.engine.rank == 0:
@@ -3051,7 +3098,11 @@ def start(config: Config) -> Path:
                 run.enter(stage)
                 work[stage](run)
                 run.leave()
-    except Stopped as error:
+    except InputError as error:
+        if run.untouched and run.engine.rank == 0:
+            discard(run.folder)  # nothing was made in it
+        if run.untouched or not isinstance(error, Stopped):
+            raise InputError(f"{error}") from None
         goes_on = f"once that is mended, --resume {run.folder} goes on from before"
         raise Stopped(f"{run.stage}, step {run.step + 1}: {error}; {goes_on}") from None
     except RuntimeError as error:
@@ -3078,13 +3129,14 @@ def sweep(config: Config) -> None:
     rows = [{flag: v} | outcome(start(replace(r, folder=f))) for v, r, f in zip(values, runs, folders)]
     if os.environ.get("RANK", "0") == "0":
         print(table([[*rows[0]], *([*row.values()] for row in rows)]))
+        if importlib.util.find_spec("matplotlib") and any(map(ppo_updates, folders)):
+            write_whole(base.with_name(f"{base.name}-curves.png"), partial(plot, folders))
 
 
 def outcome(folder: Path) -> dict[str, str]:
     """A run in a line. Of its scores [1]'s two: the mean over all updates, for fast learning, and over the last few."""
     cells = {}
-    with open(folder / "metrics.jsonl", encoding="utf-8") as lines:
-        updates = [update for update in map(json.loads, lines) if update["stage"] == "ppo"]
+    updates = ppo_updates(folder)
     for title, name, share in (("score", "scores", 1.0), ("at the end", "scores", 0.1), ("kl", "kl", 0.1)):
         part = updates[-math.ceil(share * len(updates)) :]
         cells[title] = f"{sum(update[f'objective/{name}'] for update in part) / max(1, len(part)):.2f}"

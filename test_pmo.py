@@ -4089,6 +4089,66 @@ def test_shares_have_wilsons_interval(wins):
         assert (share - p) ** 2 == pytest.approx(1.96**2 * p * (1 - p) / len(wins), abs=1e-9)
 
 
+@law(
+    "a curve on the screen begins and ends with its first and last value, and its eight levels rise and fall with it, a long "
+    "one in the means of its parts; what was not measured has none",
+    "README: what a run prints", "sparklines",
+)  # fmt: skip
+def test_curves_on_the_screen_are_those_of_the_updates():
+    history = [{"objective/scores": x, "val/eos_rate": 1.0} for x in (0.0, 1.0, 0.5, 7.0, 3.5)]
+    rows = [line.split() for line in impl.sparklines(history).strip().splitlines()]
+    assert rows == [["score", "0", "▁▂▁█▄", "3.5"], ["end", "rate", "1", "▁▁▁▁▁", "1"]]
+    ((_, first, curve, last),) = [
+        line.split()
+        for line in impl.sparklines([{"objective/scores": i // 2} for i in range(120)]).strip().splitlines()
+    ]
+    assert (
+        (first, last, len(curve)) == ("0", "59", 60) and list(curve) == sorted(curve) and set(curve) == set("▁▂▃▄▅▆▇█")
+    )
+
+
+@law(
+    "the picture has the same curves of each run, labelled by its folder",
+    "README: files of a run", "plot",
+)  # fmt: skip
+def test_curves_are_drawn_of_each_run():
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    folders = [workshop() / "drawn" / name for name in ("one", "two")]
+    for k, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        records = [{"stage": "ppo", "objective/kl": float(i * k)} for i in range(3)] + [
+            {"stage": "sft", "objective/kl": 9.0}
+        ]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, target, **options: drawn.extend(self.axes))
+        impl.plot(folders, workshop() / "drawn" / "curves.png")
+    (axes,) = [axes for axes in drawn if axes.get_title() == "KL to SFT"]
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+    assert lines == {"one": ([1, 2, 3], [0, 0, 0]), "two": ([1, 2, 3], [0, 1, 2])}
+    impl.plot(folders, workshop() / "drawn" / "curves.png")
+    assert (workshop() / "drawn" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@law(
+    "a run that is refused before anything was made leaves no folder; one that made something, or goes on, keeps it",
+    "README: resume", *RUN_NEEDS,
+)  # fmt: skip
+def test_a_refused_run_leaves_no_folder():
+    (workshop() / "no model").mkdir()
+    config = stage_config("refused early", "sft", model=str(workshop() / "no model"))
+    config_error(lambda: impl.start(config))
+    assert not config.folder.exists()
+    kept = replace(config, folder=config.folder.with_name("refused later"), stages=("corpus", "sft"), data=impl.Data())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "corpus", lambda run: run.write("data/train.jsonl", lambda path: path.write_text("{}\n")))
+        config_error(lambda: impl.start(kept))
+    assert (kept.folder / "data" / "train.jsonl").exists()
+
+
 # the corpus and its labeler
 
 
@@ -5108,7 +5168,8 @@ def test_only_finite_weights_and_own_settings_are_saved():
             ill = replace(config, folder=folder, compute=impl.Compute(checkpoint_minutes=minutes))
             message = config_error(lambda: impl.start(ill))
         assert re.fullmatch(
-            r"sft, step \d: \S+ is (not finite; try a lower learning rate \(it may change\)|nan) \[D22\]; once .*", message
+            r"sft, step \d: \S+ is (not finite; try a lower learning rate \(it may change\)|nan) \[D22\]; once .*",
+            message,
         ), message
         assert not (folder / "sft").exists() and not (folder / "sft.part").exists()
     saved = torch.load(config.folder.with_name("overflows 0.0") / "checkpoint.pt", weights_only=True)
@@ -5280,7 +5341,7 @@ def test_a_runs_folder_is_input():
         (folder / "metrics.jsonl").write_text(content)
         run = impl.Run(resumed)
         (folder / "metrics.jsonl").write_text(content)
-        assert config_error(lambda: run.logged("sft")).startswith(
+        assert config_error(lambda: impl.ppo_updates(run.folder)).startswith(
             f"{folder / 'metrics.jsonl'} is not what a run writes"
         )
     for name in ("metrics.jsonl", "lock"):
@@ -6761,6 +6822,11 @@ MUTANTS = [
     Mutant("the labeler prefers the worse writer", "test_evaluation_columns_belong_to_their_models", "return wins_of(marks[a][row], marks[b][row])", "return wins_of(marks[b][row], marks[a][row])"),
     Mutant("humans' comparisons are called the labeler's", "test_the_report_names_the_winner_at_each_temperature", "given = config.data.comparisons_train or config.reward_model", "given = config.reward_model"),
     Mutant("a verdict is made of one post", "test_the_verdict_claims_no_more_than_its_intervals", "if posts < 30:", "if posts < 1:"),
+    Mutant("curves begin at their second value", "test_curves_on_the_screen_are_those_of_the_updates", 'f"{curve[0]:.3g}"', 'f"{means[-1]:.3g}"'),
+    Mutant("curves of the screen have one level", "test_curves_on_the_screen_are_those_of_the_updates", "int(7.999 * (mean", "int(0.999 * (mean"),
+    Mutant("the picture is of the first run", "test_curves_are_drawn_of_each_run", "for update in ppo_updates(folder) if name", "for update in ppo_updates(folders[0]) if name"),
+    Mutant("a refused run leaves its folder", "test_a_refused_run_leaves_no_folder", "if run.untouched and run.engine", "if False and run.engine"),
+    Mutant("a refused run takes its data with it", "test_a_refused_run_leaves_no_folder", 'self.untouched &= name in ("config.json", STATE)', "pass"),
     Mutant("a share's interval is the normal one", "test_shares_have_wilsons_interval", "p * (1 - p) / n + z * z / (4 * n * n))", "p * (1 - p) / n)"),
     Mutant("scores without EOS count as hacking", "test_bad_signs_are_said_once", 'if rise("raw_scores") > 0', 'if rise("scores") > 0'),
     Mutant("the labeler watches a rule", "test_a_rule_replaces_the_reward_model", "labeler = Labeler(posts) if run.labeler_chose else None", "labeler = Labeler(posts)"),
@@ -6785,7 +6851,7 @@ MUTANTS = [
     Mutant("Ctrl-C after the steps waits", "test_checkpoints_come_when_they_should", "            finally:\n                self.in_steps = False", "            finally:\n                pass"),
     Mutant("files get their names before they are written", "test_files_are_on_the_disk_before_they_get_their_names", '    to_disk(part, *part.rglob("*"))\n', ""),
     Mutant("names may be lost", "test_files_are_on_the_disk_before_they_get_their_names", "    to_disk(target.parent)\n", ""),
-    Mutant("a resumed run's warnings forget the updates before", "test_divergence_within_an_update_spares_the_checkpoint", 'load_models(run), run.logged("ppo")', "load_models(run), []"),
+    Mutant("a resumed run's warnings forget the updates before", "test_divergence_within_an_update_spares_the_checkpoint", 'load_models(run), ppo_updates(run.folder)', "load_models(run), []"),
     Mutant("TensorBoard counts every update as the first", "test_tracking_writes_the_metrics", "add_scalar(tag, value, self.step)", "add_scalar(tag, value, 0)"),
     # whole runs
     Mutant("what is measured after the steps stands at the last", "test_a_run_logs_finite_numbers_and_ratio_one", "        self.step = total\n", ""),
