@@ -2924,6 +2924,15 @@ class Run:
                 if was.get(name) != now[name]:
                     self.say(f"note: {folder} had {name} {was.get(name)!r}, this run has {now[name]!r}")
 
+    def ended_by(self, error: InputError) -> InputError:
+        """What is said of it: how to go on. Where nothing was made, no folder is left behind."""
+        if self.untouched and self.engine.rank == 0:
+            discard(self.folder)
+        if self.untouched or not isinstance(error, Stopped):
+            return error
+        goes_on = f"once that is mended, --resume {self.folder} goes on from before"
+        return Stopped(f"{self.stage}, step {self.step + 1}: {error}; {goes_on}")
+
     def finish(self) -> None:
         if importlib.util.find_spec("matplotlib") and ppo_updates(self.folder):
             self.write("curves.png", partial(plot, [self.folder]))
@@ -3099,12 +3108,7 @@ def start(config: Config) -> Path:
                 work[stage](run)
                 run.leave()
     except InputError as error:
-        if run.untouched and run.engine.rank == 0:
-            discard(run.folder)  # nothing was made in it
-        if run.untouched or not isinstance(error, Stopped):
-            raise InputError(f"{error}") from None
-        goes_on = f"once that is mended, --resume {run.folder} goes on from before"
-        raise Stopped(f"{run.stage}, step {run.step + 1}: {error}; {goes_on}") from None
+        raise run.ended_by(error) from None
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise ConnectionError(f"another process has ended; go on with --resume {run.folder}") from None

@@ -6825,7 +6825,7 @@ MUTANTS = [
     Mutant("curves begin at their second value", "test_curves_on_the_screen_are_those_of_the_updates", 'f"{curve[0]:.3g}"', 'f"{means[-1]:.3g}"'),
     Mutant("curves of the screen have one level", "test_curves_on_the_screen_are_those_of_the_updates", "int(7.999 * (mean", "int(0.999 * (mean"),
     Mutant("the picture is of the first run", "test_curves_are_drawn_of_each_run", "for update in ppo_updates(folder) if name", "for update in ppo_updates(folders[0]) if name"),
-    Mutant("a refused run leaves its folder", "test_a_refused_run_leaves_no_folder", "if run.untouched and run.engine", "if False and run.engine"),
+    Mutant("a refused run leaves its folder", "test_a_refused_run_leaves_no_folder", "if self.untouched and self.engine", "if False and self.engine"),
     Mutant("a refused run takes its data with it", "test_a_refused_run_leaves_no_folder", 'self.untouched &= name in ("config.json", STATE)', "pass"),
     Mutant("a share's interval is the normal one", "test_shares_have_wilsons_interval", "p * (1 - p) / n + z * z / (4 * n * n))", "p * (1 - p) / n)"),
     Mutant("scores without EOS count as hacking", "test_bad_signs_are_said_once", 'if rise("raw_scores") > 0', 'if rise("scores") > 0'),
