@@ -2061,8 +2061,9 @@ def pretrain(run: Run) -> None:
     codec = Codec(tokenizer, config.data)
     model = run.engine.place(small_model(config.pretrain, tokenizer, config.seed))
     posts, queries = read_prompts(run, "train", codec)
-    titles = Batch(queries, codec.responses([post.title for post in posts]))
-    train_language_model(run, "pretrain", model, titles, config.pretrain, 1.0, schedule=lambda progress: 1.0)
+    repeated = [f"{post.title}. {' '.join(post.post[:200].split()[:12])}" for post in posts]
+    batch = Batch(queries, codec.responses(repeated))
+    train_language_model(run, "pretrain", model, batch, config.pretrain, 1.0, schedule=lambda progress: 1.0)
     run.write("base", partial(save_model, model, run.engine.weights(model), tokenizer))
 
 
@@ -2115,7 +2116,7 @@ def small_model(size: Pretrain, tokenizer: PreTrainedTokenizerBase, seed: int) -
 def compare(run: Run) -> None:
     """Comparisons where the user has none: the labeler judges samples of the SFT model."""
     config, seed, K, T = run.config, run.config.seed, run.config.compare.samples, run.config.data.response_tokens
-    writer, codec = config.compare.policy, run.codec("sft")
+    writer, tie, codec = config.compare.policy, config.compare.tie, run.codec("sft")
     policy = run.engine.place(load_policy(run.path(writer)))
     check_room(policy, config.data)
     labeler = Labeler(read_posts(run, "train"))
@@ -2132,9 +2133,9 @@ def compare(run: Run) -> None:
         for i, post in enumerate(posts):
             ranked = sorted(drafts[i], key=partial(labeler.score, post))
             for k, (worse, better) in enumerate(combinations(ranked, 2)):
-                records += compared_by(labeler, post, (writer, better), (writer, worse), flip=(i + k) % 2 == 1)
+                records += compared_by(labeler, post, (writer, better), (writer, worse), tie, (i + k) % 2 == 1)
             stranger = (OTHER_POST, drafts[(i + 1) % len(posts)][0])
-            records += compared_by(labeler, post, (writer, drafts[i][0]), stranger, flip=i % 2 == 0)
+            records += compared_by(labeler, post, (writer, drafts[i][0]), stranger, tie, i % 2 == 0)
         refuse(not records, f"the labeler saw no difference between any two samples for the {split} posts")
         if writer == "ppo" and split == "train":  # another round: what was compared before is kept
             remedy = "a new round of comparisons needs an earlier --from-run"  # not what a stage cut short left here
@@ -2144,11 +2145,14 @@ def compare(run: Run) -> None:
         run.say(f"{len(records):,} {split} comparisons from {len(posts):,} posts, ties dropped")
 
 
-def compared_by(labeler: Labeler, post: Post, a: tuple[str, str], b: tuple[str, str], flip: bool) -> list[dict]:
-    """The labeler's comparison of two (policy, text) as a record of OpenAI's format; none of a tie or an empty text."""
+def compared_by(
+    labeler: Labeler, post: Post, a: tuple[str, str], b: tuple[str, str], tie: float, flip: bool
+) -> list[dict]:
+    """The labeler's comparison of two (policy, text) as a record of OpenAI's format; none of an empty text, or of two
+    that it can hardly tell apart: their order would be noise."""
     summaries = [b, a] if flip else [a, b]
     scores = [labeler.score(post, text) for _, text in summaries]
-    if scores[0] == scores[1] or not all(text.strip() for _, text in summaries):
+    if abs(scores[0] - scores[1]) <= tie or not all(text.strip() for _, text in summaries):
         return []
     info = {"subreddit": post.subreddit, "title": post.title, "post": post.post}
     candidates = [{"policy": policy, "text": text} for policy, text in summaries]
@@ -2262,8 +2266,8 @@ class Data:
 class Pretrain:
     """The base model, where no --model is given: a small GPT-NeoX (the architecture of Pythia [4]), from scratch."""
 
-    # Passes over the training posts, next-token loss on everything. The response asked for is the title: it builds
-    # copying, without which a model this small learns the style of summaries but not to look at the post.
+    # Passes over the training posts, next-token loss on everything. The response asked for repeats the title and the
+    # post's first words: without copying a model this small learns the style of summaries, but not to look at the post.
     epochs: float = 1.0
     batch_size: int = 8  # Posts per step.
     # Learning rate, constant after a warm-up of 50 steps (a tenth of all steps, where those are fewer).
@@ -2294,6 +2298,7 @@ class Compare:
     # K, samples per post at the PPO temperature; the labeler ranks them, every pair is a comparison [8, section 3.5],
     # and the first sample is compared with one for another post.
     samples: int = 2
+    tie: float = 0.05  # The labeler's scores that differ by no more are a tie: their order would be noise.
     # Whose samples: with ppo another round begins [5, section 3.1; 8]: the policy of --from-run is sampled, and its
     # comparisons are kept beside the new ones.
     policy: Literal["sft", "ppo"] = "sft"
@@ -2524,7 +2529,7 @@ def flags_of(section: dict, prefix: str = "--") -> dict[str, object]:
 
 
 MAY_BE_0 = {"seed", "beta2", "max-grad-norm", "prompt-weight", "pretraining-pairs", "checkpoint-minutes"}
-MAY_BE_0 |= {"kl-coef", "vf-coef", "gamma", "lam", "penalty-coef", "ptx-coef"}
+MAY_BE_0 |= {"tie", "kl-coef", "vf-coef", "gamma", "lam", "penalty-coef", "ptx-coef"}
 AT_LEAST_2 = ("--data.query-tokens", "--data.response-tokens", "--data.comparison-tokens")
 AT_LEAST_2 += ("--compare.posts", "--compare.samples")
 AT_MOST_1 = ("--ppo.gamma", "--ppo.lam", "--optimizer.beta2")

@@ -2445,7 +2445,7 @@ def tiny_config(name: str, seed: int = 1, **changes: object):
         folder=workshop() / "runs" / name, seed=seed,
         data=impl.Data(train=train, valid=valid, query_tokens=60, response_tokens=16, comparison_tokens=20),
         pretrain=impl.Pretrain(width=32, heads=2, vocab_size=400, epochs=8),
-        sft=impl.SFT(epochs=12),
+        sft=impl.SFT(epochs=12), compare=impl.Compare(tie=0.0),
         ppo=impl.PPO(total_episodes=48, batch_size=16, num_minibatches=2, sample_every=2, responses_per_query=1),
     )  # fmt: skip
     return replace(config, **changes)
@@ -2613,7 +2613,7 @@ def test_variants_of_ppo_run():
 
 
 @law(
-    "comparisons name as chosen the text the labeler scores higher, drop ties, and put it first as often as second",
+    "comparisons name as chosen the text the labeler scores higher, drop what it can hardly tell apart, and put it first as often as second",
     "README: the labeler", *RUN_NEEDS, "compared_by", "Labeler",
 )  # fmt: skip
 def test_comparisons_are_the_labelers():
@@ -2629,10 +2629,14 @@ def test_comparisons_are_the_labelers():
         assert 0.25 < share < 0.75, f"{kind}: the better stands first in {share:.0%}"
     good, bad = ("sft", "About cats."), ("sft", "About trains.")
     for one, other, flip in itertools.product((good, bad), (good, bad), (False, True)):
-        found = [impl.parse_comparison(r) for r in impl.compared_by(labeler, posts[0], one, other, flip)]
+        found = [impl.parse_comparison(r) for r in impl.compared_by(labeler, posts[0], one, other, 0.0, flip)]
         assert [(c.chosen, c.rejected) for c in found] == ([] if one == other else [("About cats.", "About trains.")])
-    (straight,), (flipped,) = (impl.compared_by(labeler, posts[0], good, bad, flip) for flip in (False, True))
+    (straight,), (flipped,) = (impl.compared_by(labeler, posts[0], good, bad, 0.0, flip) for flip in (False, True))
     assert (straight["choice"], flipped["choice"]) == (0, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        for gap in (0.04, 0.06):
+            patch.setattr(labeler, "score", lambda post, text, gap=gap: gap * (text == good[1]))
+            assert len(impl.compared_by(labeler, posts[0], good, bad, 0.05, False)) == (gap > 0.05)
 
 
 @law(
@@ -3004,7 +3008,7 @@ def test_the_labelers_score_is_the_formula_it_says():
     "README: the labeler; [8] section 3.5", *RUN_NEEDS, "compare", "sample", "Labeler", "Codec",
 )  # fmt: skip
 def test_comparisons_are_all_pairs_at_ppos_temperature():
-    config = stage_config("all pairs", "compare", compare=impl.Compare(samples=3, posts=40))
+    config = stage_config("all pairs", "compare", compare=impl.Compare(samples=3, posts=40, tie=0.0))
     config = replace(config, ppo=replace(config.ppo, temperature=1.3))
     drawn = watched(config, "sample")["sample"]
     assert [len(args[1]) for args, _ in drawn] == [120, 36] and {args[3] for args, _ in drawn} == {1.3}
@@ -3042,7 +3046,7 @@ def test_comparisons_are_all_pairs_at_ppos_temperature():
 
 
 @law(
-    "the warm-up asks for titles and trains on everything; SFT asks for summaries and weighs the prompt as told; each goes "
+    "the warm-up asks for a repetition of title and post, and trains on everything; SFT asks for summaries and weighs the prompt as told; each goes "
     "through its examples as often as told, fractions too",
     "D6; README: the warm-up", *RUN_NEEDS, "train_language_model",
 )  # fmt: skip
@@ -3053,7 +3057,7 @@ def test_what_is_asked_for_in_pretraining_and_sft():
     posts, folder = toy_posts(60), workshop() / "runs" / "asked"
     codec = impl.Codec(impl.load_tokenizer(folder / "base"), config.data)
     for (args, _), (stage, texts, weight, schedule, steps) in zip(calls, (
-        ("pretrain", [p.title for p in posts], 1.0, [1.0, 1.0], 2), ("sft", [p.summary for p in posts], 0.25, [1.0, 0.5], 10),
+        ("pretrain", [p.title + ". " + " ".join(p.post.split()[:12]) for p in posts], 1.0, [1.0, 1.0], 2), ("sft", [p.summary for p in posts], 0.25, [1.0, 0.5], 10),
     ), strict=True):  # fmt: skip
         batch, prompt_weight, factors = args[3], args[5], [args[6](x) for x in (0.0, 0.5)]
         assert args[1] == stage and batch.queries == codec.queries(posts) and batch.responses == codec.responses(texts)
@@ -3658,7 +3662,7 @@ def test_every_number_is_checked():
         "seed", "ppo.gamma", "ppo.lam", "ppo.kl_coef", "ppo.vf_coef", "sft.prompt_weight", "reward.pretraining_pairs"
     }  # fmt: skip
     may_be_0 |= {"optimizer.beta2", "optimizer.max_grad_norm", "compute.checkpoint_minutes"}
-    may_be_0 |= {"ppo.penalty_coef", "ppo.ptx_coef"}
+    may_be_0 |= {"ppo.penalty_coef", "ppo.ptx_coef", "compare.tie"}
     at_least_2 = {
         "data.query_tokens", "data.response_tokens", "data.comparison_tokens", "compare.posts", "compare.samples"
     }  # fmt: skip
@@ -5723,7 +5727,7 @@ def test_sharing_changes_a_run_by_rounding_alone():
     for share in (True, False):
         config = stage_config(f"share {share}", "compare", "reward", "ppo", compute=impl.Compute(share_queries=share))
         config = replace(config, ppo=replace(config.ppo, responses_per_query=4, sample_every=9))
-        config = replace(config, compare=impl.Compare(samples=3, posts=40))
+        config = replace(config, compare=impl.Compare(samples=3, posts=40, tie=0.0))
         layouts = [layout for _, layout in watched(config, "lay_out")["lay_out"]]
         shared.append(sum(len(layout.inputs) > 1 for layout in layouts) / len(layouts))
         folders.append(config.folder)
@@ -6154,7 +6158,7 @@ def test_another_reference_may_be_given():
     "[5] section 3.1; [8] section 3.5: steps 3 to 5 repeated", *RUN_NEEDS, "compare", "sample",
 )  # fmt: skip
 def test_a_round_adds_the_new_policys_comparisons():
-    compare = impl.Compare(samples=3, policy="ppo")
+    compare = impl.Compare(samples=3, policy="ppo", tie=0.0)
     config = stage_config("second round", "compare", "reward", "ppo", "evaluate", compare=compare)
     policy = watched(config, "sample")["sample"][0][0][0]
     assert policy.state_dict().keys() >= (ppo := weights_of(finished_run() / "ppo")).keys()
@@ -6187,7 +6191,7 @@ def test_a_sweep_makes_one_table_of_runs():
         impl.sweep(config)
     title, *rows = said.getvalue().rstrip().splitlines()[-3:]
     assert title.split()[:2] == ["ppo.objective", "score"] and [row.split()[0] for row in rows] == ["clip", "penalty"]
-    assert sorted(p.name for p in config.folder.parent.glob("family swept*")) == [
+    assert sorted(p.name for p in config.folder.parent.glob("family swept*") if p.is_dir()) == [
         "family swept-clip",
         "family swept-penalty",
     ]
@@ -6353,7 +6357,7 @@ def smallest_config(compute, name: str = "smallest"):
     tiny = tiny_config(name, compute=compute)
     return replace(
         tiny, data=replace(tiny.data, response_tokens=9, comparison_tokens=50), sft=impl.SFT(epochs=0.3),
-        pretrain=replace(tiny.pretrain, epochs=0.3, layers=1), compare=impl.Compare(posts=12),
+        pretrain=replace(tiny.pretrain, epochs=0.3, layers=1), compare=impl.Compare(posts=12, tie=0.0),
         reward=impl.Reward(epochs=0.3, pretraining_pairs=8), evaluate=impl.Evaluate(posts=3),
         ppo=impl.PPO(total_episodes=16, batch_size=8, num_minibatches=2, num_ppo_epochs=1, sample_every=1),
     )  # fmt: skip
@@ -6764,8 +6768,9 @@ MUTANTS = [
     Mutant("term frequency is not damped", "test_the_labelers_score_is_the_formula_it_says", "(1 + math.log(count)) * self", "count * self"),
     Mutant("comparisons are drawn at temperature 1", "test_comparisons_are_all_pairs_at_ppos_temperature", "uniforms, config.ppo.temperature, codec.eos_id, run.engine, share)", "uniforms, 1.0, codec.eos_id, run.engine, share)"),
     Mutant("only the best and the worst are compared", "test_comparisons_are_all_pairs_at_ppos_temperature", "enumerate(combinations(ranked, 2))", "enumerate([(ranked[0], ranked[-1])])"),
-    Mutant("the warm-up asks for summaries", "test_what_is_asked_for_in_pretraining_and_sft", "codec.responses([post.title for post in posts])", "codec.responses([post.summary for post in posts])"),
-    Mutant("the warm-up ignores the prompt", "test_what_is_asked_for_in_pretraining_and_sft", "titles, config.pretrain, 1.0,", "titles, config.pretrain, 0.0,"),
+    Mutant("any difference is a preference", "test_comparisons_are_the_labelers", "if abs(scores[0] - scores[1]) <= tie or", "if scores[0] == scores[1] or"),
+    Mutant("the warm-up asks for summaries", "test_what_is_asked_for_in_pretraining_and_sft", "codec.responses(repeated)", "codec.responses([post.summary for post in posts])"),
+    Mutant("the warm-up ignores the prompt", "test_what_is_asked_for_in_pretraining_and_sft", "batch, config.pretrain, 1.0,", "batch, config.pretrain, 0.0,"),
     Mutant("the control exchanges nothing", "test_held_out_figures_are_the_saved_models", "held_out_loss(model, valid.exchanged(), run.engine)", "held_out_loss(model, valid, run.engine)"),
     Mutant("accuracy is measured on training pairs", "test_held_out_figures_are_the_saved_models", 'valid, kinds = read_rankings(run, "valid", codec)', 'valid, kinds = read_rankings(run, "train", codec)'),
     Mutant("a pair fits when one text does", "test_what_fits_is_kept_whole", "max(len(a), len(b)) <= limit and", "min(len(a), len(b)) <= limit and"),
