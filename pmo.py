@@ -1958,6 +1958,8 @@ def report(
     names = list(dict.fromkeys(chain(*means.values())))
     cells = [[name, *(f"{row[name]:.3f}" if name in row else "" for row in means.values())] for name in names]
     run.say(table([[f"{len(posts)} held-out posts", *means], *cells]))
+    written = [{"summaries": {writer: summaries[i] for writer, summaries in texts.items()}} for i in range(len(posts))]
+    run.write("eval.jsonl", partial(write_records, [post.fields() | record for post, record in zip(posts, written)]))
     pairs = [(f"PPO {cold}", f"SFT {cold}"), (f"PPO {warm}", f"SFT {warm}"), (f"PPO {warm}", f"SFT {cold}")]
     pairs += [(f"PPO {cold}", "author"), (f"SFT {cold}", "author")] if means["author"] else []
     versus = {f"{a} against {b}": compare_marks(marks[a], marks[b], prefer(a, b)) for a, b in pairs}
@@ -1969,8 +1971,6 @@ def report(
         run.say("\n".join(f"    {writer:10} {texts[writer][i]}" for writer in ("author", f"SFT {cold}", f"PPO {cold}")))
     conclusion = verdict(versus, judge, len(posts))
     run.say(f"\n{conclusion}")
-    written = [{"summaries": {writer: summaries[i] for writer, summaries in texts.items()}} for i in range(len(posts))]
-    run.write("eval.jsonl", partial(write_records, [post.fields() | record for post, record in zip(posts, written)]))
     record = {"posts": len(posts), "judge": judge, "means": means, "comparisons": versus, "verdict": conclusion}
     run.write("eval.json", partial(write_json, record))
 
@@ -2274,13 +2274,13 @@ def one_line(what: str, function: Callable | None = None, text: str = "") -> Ite
 class Data:
     """Text: what is summarised. Without files, the docstrings of installed libraries are."""
 
-    train: Path | None = None  # Posts with summaries for training: JSON Lines with subreddit, title, post, summary.
+    train: Path | None = None  # To train on: subreddit, title, post and summary; or prompt and completion (README).
     valid: Path | None = None  # The same for validation: held-out loss, samples on the way.
     test: Path | None = None  # The same for the evaluation at the end. Default: the validation file.
-    # Human comparisons (OpenAI's JSON Lines: info, summaries, choice). Without them the labeler compares samples.
+    # Human comparisons: info, summaries, choice; or prompt, chosen, rejected. Default: the labeler compares samples.
     comparisons_train: Path | None = None
     comparisons_valid: Path | None = None  # The same for the reward model's accuracy.
-    query_tokens: int = 64  # Longest query; longer posts lose paragraphs from their end [D2]. Paper: 512.
+    query_tokens: int = 64  # Longest query; posts lose paragraphs [D2], prompts are left out. Paper: 512.
     response_tokens: int = 28  # Longest summary, EOS included. Paper: 53.
     comparison_tokens: int = 36  # Longest summary in comparisons, EOS included. Paper: 169.
     query_format: str = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"  # Query template [D1].
