@@ -1564,8 +1564,7 @@ class Codec:
 
     def responses(self, summaries: Sequence[str], posts: Sequence[Post] = ()) -> list[list[int]]:
         """One space, the summary, EOS [D1, D4]; to a prompt the answer, EOS. Never cut: that would lose EOS."""
-        pairs = zip_longest(summaries, posts)
-        texts = [text if post and post.prompt else " " + text.strip() for text, post in pairs]
+        texts = [text if post and post.prompt else " " + text.strip() for text, post in zip_longest(summaries, posts)]
         return [[*tokens, self.eos_id] for tokens in self.encode(texts, seam=self.seam)]
 
     def text(self, response: Sequence[int], whole: bool = False) -> str:
