@@ -1400,7 +1400,7 @@ def parse_prompt(record: dict) -> tuple[Post, dict[str, str]]:
 
 def parse_post(record: dict) -> Post:
     """A record of OpenAI's tldr_3_filtered files; or a prompt with its completion, else what was chosen, else alone."""
-    if record.get("prompt") is None and record.get("post") is not None:
+    if record.get("prompt") is None and any(record.get(name) is not None for name in ("subreddit", "post")):
         return Post(*(text_field(record, name) for name in ("subreddit", "title", "post", "summary")), record)
     post, answers = parse_prompt(record)
     return post._replace(summary=answers.get("completion", answers.get("chosen", "")).removesuffix("<|endoftext|>"))

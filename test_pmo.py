@@ -7023,7 +7023,7 @@ MUTANTS = [
     Mutant("an implicit prompt ends with the first turn", "test_records_of_every_form_are_read", r'r"(.*\n\nAssistant:|', r'r"(.*?\n\nAssistant:|'),
     Mutant("an implicit prompt is cut in mid-word", "test_records_of_every_form_are_read", r"|.*(?=\s)|)", "|.*)"),
     Mutant("conversations may differ", "test_records_of_every_form_are_read", "elif not prompt and one[:-1] == other[:-1]:", "elif not prompt:"),
-    Mutant("null is a prompt", "test_records_of_every_form_are_read", 'if record.get("prompt") is None and record.get("post")', 'if "prompt" not in record and record.get("post")'),
+    Mutant("null is a prompt", "test_records_of_every_form_are_read", 'if record.get("prompt") is None and any', 'if "prompt" not in record and any'),
     Mutant("what was chosen is no demonstration", "test_records_of_every_form_are_read", 'answers.get("completion", answers.get("chosen", ""))', 'answers.get("completion", "")'),
     Mutant("TL;DR prompts are not taken apart", "test_both_forms_of_the_data_are_read", "if isinstance(prompt, str) and (match", "if False and (match"),
     Mutant("words are ASCII", "test_words_of_every_script_count", "[^\\W_{ALONE}]+", "[a-z0-9]+"),
