@@ -5522,6 +5522,9 @@ def test_users_functions_fail_in_one_line():
         message = config_error(lambda: impl.start(config))
         assert message.startswith(f"ppo, step 1: {flag}: SystemExit: 0 (faulty.py, line 8), for ")
         assert f"; --resume {config.folder} goes on" in message
+        config = stage_config("a judge that fails", "evaluate", evaluate=impl.Evaluate(judge="faulty:raises"))
+        assert "KeyError: 'boom'" in config_error(lambda: impl.start(config))
+        assert (config.folder / "eval.jsonl").exists(), "the summaries are lost"
 
 
 @law(
@@ -7229,6 +7232,7 @@ MUTANTS = [
     Mutant("the base's sampling flags are saved", "test_only_finite_weights_and_own_settings_are_saved", "if model.can_generate():", "if False:"),
     Mutant("two may write", "test_a_folder_has_one_writer", "fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
     Mutant("a rule's directory stays", "test_users_functions_fail_in_one_line", "            reset(value)\n", "            pass\n"),
+    Mutant("a judge that fails costs all summaries", "test_users_functions_fail_in_one_line", 'run.write("eval.jsonl", partial', 'partial(run.write, "eval.jsonl", partial'),
     Mutant("a rule may answer in words", "test_users_functions_fail_in_one_line", "if not isinstance(score, str) else math.nan", "if score is not None else math.nan"),
     Mutant("a rule may change a record", "test_users_functions_fail_in_one_line", "copy.deepcopy(post.record)", "post.record"),
     Mutant("a rule's last line is not looked for", "test_users_functions_fail_in_one_line", "for frame in trace if not", "for frame in trace[:1] if not"),
