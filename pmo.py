@@ -1497,7 +1497,7 @@ def truncate_post(post: str, fits: Callable[[str], bool]) -> str:
 
 @dataclass(frozen=True)
 class Codec:
-    """Between text and token ids."""
+    """Between text and token ids: what people wrote never becomes a special token, a chat template's may."""
 
     tokenizer: PreTrainedTokenizerBase
     data: Data
@@ -1513,7 +1513,7 @@ class Codec:
         return [bos] if bos is not None and self.tokenizer("a").input_ids[0] == bos else []
 
     def encode(self, texts: list[str], special: bool = False, seam: Sequence[int] = ()) -> list[list[int]]:
-        """Text becomes a special token only where it may, not even text that spells one. A seam stands before it."""
+        """Text that spells a special token becomes one only where it may. A seam before it is cut off again."""
         options = {"add_special_tokens": False, "split_special_tokens": not special}
         rows = self.tokenizer([SEAM * bool(seam) + text for text in texts], **options).input_ids if texts else []
         return [row[len(seam) :] for row in rows]
