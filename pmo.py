@@ -73,11 +73,11 @@ import zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from functools import cached_property, partial
-from itertools import chain, combinations, groupby
+from itertools import chain, combinations, groupby, zip_longest
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, get_args
@@ -787,7 +787,7 @@ def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: 
     """One validation post: the author's line, SFT's and the policy's next-to-greedy summaries, with their scores."""
     post, engine, config = posts[update % len(posts)], run.engine, run.config
     queries, uniforms = codec.queries([post]), noise(config.seed, "show", [update], config.data.response_tokens)
-    written = {"author": author_responses(codec, [post], models.policy)}
+    written = {"author": author_responses(codec, [post], models.policy)} if post.summary.strip() else {}
     for name, policy in (("sft", models.ref_policy), ("ppo", models.policy)):
         written[name] = sample(policy, queries, uniforms, config.evaluate.temperature, codec.eos_id, engine)
     record = {"update": update} | post.fields()
@@ -803,7 +803,8 @@ def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: 
 
 def headline(post: Post) -> str:
     """What a post is about, and its end, for the screen."""
-    return f"    r/{post.subreddit}, {post.title}: ...{' '.join(post.post.split())[-80:]}"
+    about = "" if post.prompt else f"r/{post.subreddit}, {post.title}: "
+    return f"    {about}...{' '.join(post.post.split())[-80:]}"
 
 
 # -----------------------------------------------------------------------------
@@ -961,7 +962,7 @@ def cosine(progress: float) -> float:
 def author_responses(codec: Codec, posts: Sequence[Post], model: PreTrainedModel) -> list[list[int]]:
     """The authors' summaries, however long, up to where the model has no more positions."""
     room = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9) - codec.data.query_tokens
-    return [response[:room] for response in codec.responses([post.summary for post in posts])]
+    return [response[:room] for response in codec.responses([post.summary for post in posts], posts)]
 
 
 # -----------------------------------------------------------------------------
@@ -1307,7 +1308,7 @@ def check_tokenizer(run: Run, folder: str | Path) -> None:
     """Refuse a model that reads other tokens than the SFT model writes: texts of the run tell."""
     sft, posts = run.path("sft"), read_posts(run, "valid")[:100]
     codecs = [Codec(load_tokenizer(each), run.config.data) for each in (folder, sft)]
-    one, other = ([c.eos_id, c.uncut(posts), c.responses([post.summary for post in posts])] for c in codecs)
+    one, other = ([c.eos_id, c.uncut(posts), c.responses([post.summary for post in posts], posts)] for c in codecs)
     refuse(one != other, f"{folder} and {sft} have different tokenizers; all models of a run need one")
 
 
@@ -1345,13 +1346,14 @@ def check_finite(weights: dict[str, Tensor]) -> None:
 
 
 class Post(NamedTuple):
-    """A text with the summary its author wrote, in the fields of the TL;DR data set [5]."""
+    """A text with the summary its author wrote, in the fields of the TL;DR data set [5]; or a prompt and answer."""
 
     subreddit: str
     title: str
     post: str
     summary: str
     record: dict | None = None  # as it stood in the file: a reward function may need more than the four fields
+    prompt: Prompt | None = None  # used as it stands: no template, no cutting, no space before the answer
 
     def fields(self) -> dict[str, str]:
         return {"subreddit": self.subreddit, "title": self.title, "post": self.post, "summary": self.summary}
@@ -1366,8 +1368,10 @@ class Comparison(NamedTuple):
     kinds: tuple[str, ...]  # the policies that wrote them, the batch, the confidence: accuracy is reported by each
 
 
-# The Hub's copies of the TL;DR data hold whole queries, in columns named prompt, completion, chosen, rejected.
+# The Hub's copies of the TL;DR data hold whole queries as prompts: these are taken apart, and may be cut.
 HUB_PROMPT = re.compile(r"SUBREDDIT: r/(.*?)\n\nTITLE: (.*?)\n\nPOST: (.*)\n\nTL;DR:\s*", re.DOTALL)
+SEAM = "\ufdd0"  # a code point that is no character: where a text is cut before it is encoded
+Prompt: TypeAlias = str | list[dict[str, str]]  # text, or a conversation: messages, each with a role and a content
 
 
 def text_field(record: dict, name: str) -> str:
@@ -1377,23 +1381,53 @@ def text_field(record: dict, name: str) -> str:
     return text
 
 
+def prompt_field(record: dict, name: str) -> Prompt:
+    if not isinstance(record[name], list):
+        return text_field(record, name)
+    refuse({*map(type, record[name])} != {dict}, f"field '{name}' is neither text nor messages")
+    return [{key: text_field(message, key) for key in ("role", "content")} for message in record[name]]
+
+
+def parse_prompt(record: dict) -> tuple[Post, dict[str, str]]:
+    """A prompt, and of its completion, chosen and rejected what there is: text, or messages of which the last answers.
+
+    Where there is no prompt, chosen and rejected begin with it: all messages but the last; a text up to where the last
+    answer begins, as in HH (Bai et al. 2022, arXiv 2204.05862), or else to the word where the two part.
+    """
+    given = [name for name in ("prompt", "completion", "chosen", "rejected") if record.get(name) is not None]
+    fields = {name: prompt_field(record, name) for name in given}
+    prompt, one, other = (fields.get(name, "") for name in ("prompt", "chosen", "rejected"))
+    if not prompt and isinstance(one, str) and isinstance(other, str):
+        common = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+        prompt = re.match(r"(.*\n\nAssistant:|.*(?=\s)|)", one[:common], re.DOTALL)[0]
+        fields |= {"chosen": one[len(prompt) :], "rejected": other[len(prompt) :]}
+    elif not prompt and one[:-1] == other[:-1]:
+        prompt = one[:-1]
+    refuse(not prompt, "field 'prompt' (or 'post') is missing, and 'chosen' and 'rejected' have no common beginning")
+    answers = {name: field if isinstance(field, str) else field[-1]["content"] for name, field in fields.items()}
+    if isinstance(prompt, str) and (match := HUB_PROMPT.fullmatch(prompt)):
+        return Post(*match.groups(), "", record), answers
+    text = prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    return Post("", "", text, "", record, prompt), answers
+
+
 def parse_post(record: dict) -> Post:
-    """A record of OpenAI's tldr_3_filtered files, or prompt and completion as on the Hub."""
-    if "prompt" not in record:
+    """A record of OpenAI's tldr_3_filtered files; or a prompt with its completion, else what was chosen, else alone."""
+    if record.get("prompt") is None and any(record.get(name) is not None for name in ("subreddit", "post")):
         return Post(*(text_field(record, name) for name in ("subreddit", "title", "post", "summary")), record)
-    match = HUB_PROMPT.fullmatch(text_field(record, "prompt"))
-    refuse(match is None, "field 'prompt' does not read SUBREDDIT: r/... TITLE: ... POST: ... TL;DR:")
-    return Post(*match.groups(), text_field(record, "completion").removesuffix("<|endoftext|>"), record)
+    post, answers = parse_prompt(record)
+    return post._replace(summary=answers.get("completion", answers.get("chosen", "")).removesuffix("<|endoftext|>"))
 
 
 def parse_comparison(record: dict) -> Comparison:
-    """A record of OpenAI's comparison files (info, summaries, choice), or prompt, chosen, rejected as on the Hub.
+    """A record of OpenAI's comparison files (info, summaries, choice), or chosen and rejected answers to a prompt.
 
     OpenAI's validation files hold news articles too: a kind of their own, and how well preferences generalise [4, 5].
     """
-    if "prompt" in record:
-        summaries, choice, kinds = [{"text": record.get(name)} for name in ("chosen", "rejected")], 0, ["unknown"]
-        post = parse_post({"prompt": record["prompt"], "completion": ""})
+    if record.get("info") is None and record.get("summaries") is None:
+        post, answers = parse_prompt(record)
+        summaries = [{"text": text_field(answers, name)} for name in ("chosen", "rejected")]
+        choice, kinds = 0, ["unknown"]
     else:
         info, summaries, choice = (record.get(name) for name in ("info", "summaries", "choice"))
         refuse(not isinstance(info, dict), "field 'info' is missing or not an object")
@@ -1417,13 +1451,22 @@ def parse_comparison(record: dict) -> Comparison:
 TOLERATED = 0.01  # share of unusable records; more are an error
 
 
+def lines_of(path: Path) -> AbstractContextManager[Iterable[bytes | dict]]:
+    """Lines of a JSON Lines file (.gz too), or rows of a Parquet file."""
+    if path.suffix == ".parquet":
+        refuse(importlib.util.find_spec("pyarrow") is None, f"{path} needs pyarrow: pip install 'pmo[parquet]'")
+        return nullcontext(importlib.import_module("pyarrow.parquet").read_table(path).to_pylist())
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+
+
 def read_records(path: Path, parse: Callable[[dict], NamedTuple]) -> tuple[list, list[str]]:
-    """Parsed records of a JSON Lines file (.gz too), and complaints about what was left out: file, line, field."""
+    """Parsed records of a file, and complaints about what was left out: file, line, field."""
     records, unusable, bad, line = [], [], 0, b""
-    with one_line(str(path)), gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as lines:
+    with one_line(str(path)), lines_of(path) as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(line, bytes) else ""
+                record = json.loads(text) if isinstance(line, bytes) else line
                 refuse(not isinstance(record, dict), "not a JSON object")
                 records.append(parse(record))
             except (ValueError, RecursionError) as error:
@@ -1431,7 +1474,7 @@ def read_records(path: Path, parse: Callable[[dict], NamedTuple]) -> tuple[list,
                 unusable += [f"line {number}: {error}"] if bad <= 3 else []
             if bad > 10_000 + len(records):  # it may have no end
                 break
-    if bad and line.isspace():  # the last: many a program writes one
+    if bad and isinstance(line, bytes) and line.isspace():  # the last: many a program writes one
         bad, unusable = bad - 1, unusable[: bad - 1]
     complaint = f"{path}: {bad:,} of {bad + len(records):,} records are unusable: {'; '.join(unusable)}"
     refuse(bad > TOLERATED * (bad + len(records)), f"{complaint} (at most {TOLERATED:.0%} may be)")
@@ -1467,7 +1510,7 @@ def truncate_post(post: str, fits: Callable[[str], bool]) -> str:
 
 @dataclass(frozen=True)
 class Codec:
-    """Between text and token ids. Text never becomes a special token, not even text that spells one."""
+    """Between text and token ids: what people wrote never becomes a special token, a chat template's may."""
 
     tokenizer: PreTrainedTokenizerBase
     data: Data
@@ -1482,17 +1525,44 @@ class Codec:
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.tokenizer("a").input_ids[0] == bos else []
 
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, split_special_tokens=True).input_ids if texts else []
+    def encode(self, texts: list[str], special: bool = False, seam: Sequence[int] = ()) -> list[list[int]]:
+        """Text that spells a special token becomes one only where it may. A seam before it is cut off again."""
+        options = {"add_special_tokens": False, "split_special_tokens": not special}
+        rows = self.tokenizer([SEAM * bool(seam) + text for text in texts], **options).input_ids if texts else []
+        return [row[len(seam) :] for row in rows]
+
+    @cached_property
+    def seam(self) -> list[int]:
+        """SEAM's ids, for tokenizers that glue a blank before a text, as SentencePiece's do, but not behind a SEAM."""
+        alone, seam, behind = self.encode(["a", SEAM, SEAM + "a"])
+        return seam if behind[: len(seam)] == seam and behind[len(seam) :] != alone else []
+
+    @cached_property
+    def spelled(self) -> re.Pattern:
+        """The first character of any special token that a text spells."""
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return re.compile(rf"(?=(?:{'|'.join(map(re.escape, special))}))(.)", re.DOTALL)
+
+    def conversation(self, messages: list[dict[str, str]]) -> list[int]:
+        """Up to where the answer begins, in the tokenizer's template, which alone has special tokens (BOS, too, if it
+        wants one): what spells one in a message is cut at a SEAM, and stays text."""
+        name = self.tokenizer.name_or_path
+        refuse(not self.tokenizer.chat_template, f"{name}: no chat template, and the data's prompts are conversations")
+        messages = [{key: self.spelled.sub(rf"\1{SEAM}", text) for key, text in m.items()} for m in messages]
+        with one_line(f"{name}: chat template, for {messages[-1]['content'][:60]!r}"):
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        parts = text.split(SEAM)
+        return list(chain(*self.encode(parts[:1], special=True), *self.encode(parts[1:], special=True, seam=self.seam)))
 
     def uncut(self, posts: Sequence[Post]) -> list[list[int]]:
-        """The template filled in [D1], however long; of a text beyond all measure only the beginning is encoded."""
+        """The template filled in [D1], or the prompt, however long; of a post beyond all measure only the beginning."""
         most, filled = 64 * self.data.query_tokens, self.data.query_format.format
-        texts = [filled(**{name: text[:most] for name, text in post.fields().items()}) for post in posts]
-        return [self.start + query for query in self.encode(texts)]
+        texts = [p.post if p.prompt else filled(**{k: v[:most] for k, v in p.fields().items()}) for p in posts]
+        rows = [self.start + query for query in self.encode(texts)]
+        return [self.conversation(p.prompt) if isinstance(p.prompt, list) else row for p, row in zip(posts, rows)]
 
     def queries(self, posts: Sequence[Post]) -> list[list[int]]:
-        """Queries, cut at a paragraph where they exceed `query_tokens` [D2]; [] where even the title does."""
+        """Queries, cut at a paragraph where they exceed `query_tokens` [D2]; [] where a title or prompt alone does."""
         limit, queries = self.data.query_tokens, self.uncut(posts)
         return [q if 0 < len(q) <= limit else self.cut_query(post) for post, q in zip(posts, queries)]
 
@@ -1503,15 +1573,18 @@ class Codec:
         def fits(text: str) -> bool:
             return len(tokens(text)) <= self.data.query_tokens
 
-        return tokens(truncate_post(post.post, fits)) if fits("") else []
+        return tokens(truncate_post(post.post, fits)) if not post.prompt and fits("") else []
 
-    def responses(self, summaries: Sequence[str]) -> list[list[int]]:
-        """One space, the summary, EOS [D1, D4]. Never cut: a cut response would lose its EOS."""
-        return [[*tokens, self.eos_id] for tokens in self.encode([" " + summary.strip() for summary in summaries])]
+    def responses(self, summaries: Sequence[str], posts: Sequence[Post] = ()) -> list[list[int]]:
+        """One space, the summary, EOS [D1, D4]; to a prompt the answer, EOS. Never cut: that would lose EOS."""
+        texts = [text if post and post.prompt else " " + text.strip() for text, post in zip_longest(summaries, posts)]
+        return [[*tokens, self.eos_id] for tokens in self.encode(texts, seam=self.seam)]
 
-    def text(self, response: Sequence[int]) -> str:
-        """What a response says, without its EOS. Whatever else was written stays, special or not."""
-        return self.tokenizer.decode([token for token in response if token != self.eos_id]).strip()
+    def text(self, response: Sequence[int], whole: bool = False) -> str:
+        """What a response says, without its EOS, and blanks around it. Whatever else there is stays, special or not."""
+        tokens = [token for token in response if token != self.eos_id]
+        text = self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        return text if whole else text.strip()
 
 
 @dataclass(frozen=True)
@@ -1720,10 +1793,10 @@ def read_posts(run: Run, split: str) -> list[Post]:
 
 
 def read_prompts(run: Run, split: str, codec: Codec) -> tuple[list[Post], list[list[int]]]:
-    """Posts with their queries, but for those whose title leaves no room for a post."""
+    """Posts with their queries, but for those whose title leaves no room for a post, and prompts that are too long."""
     posts = read_posts(run, split)
     queries = codec.queries(posts)
-    why = f"template and title take more than --data.query-tokens {codec.data.query_tokens}"
+    why = f"template and title, or a prompt, take more than --data.query-tokens {codec.data.query_tokens}"
     rows = fitting(run, f"{split} posts", why, [bool(query) for query in queries], posts)
     return [posts[i] for i in rows], [queries[i] for i in rows]
 
@@ -1731,9 +1804,10 @@ def read_prompts(run: Run, split: str, codec: Codec) -> tuple[list[Post], list[l
 def read_examples(run: Run, split: str, codec: Codec) -> Batch:
     """Posts with summaries, but for those that would lose their EOS to the length limit [D4]."""
     posts, queries = read_prompts(run, split, codec)
-    batch, limit = Batch(queries, codec.responses([post.summary for post in posts])), codec.data.response_tokens
+    written, limit = [post.summary for post in posts], codec.data.response_tokens
+    batch = Batch(queries, codec.responses(written, posts))
     fits = [bool(p.summary.strip()) and len(response) <= limit for p, response in zip(posts, batch.responses)]
-    why = f"empty, or longer than --data.response-tokens {limit}"
+    why = f"empty, or longer than --data.response-tokens {limit}; without any give --sft-model"
     return batch[fitting(run, f"{split} summaries", why, fits, posts)]
 
 
@@ -1745,9 +1819,9 @@ def read_rankings(run: Run, split: str, codec: Codec) -> tuple[list[Ranking], li
     comparisons, complaints = read_records(path, parse_comparison)
     run.note(complaints)
     posts, chosen, rejected, kinds = zip(*comparisons)
-    rows = list(zip(codec.queries(posts), codec.responses(chosen), codec.responses(rejected)))
+    rows = list(zip(codec.queries(posts), codec.responses(chosen, posts), codec.responses(rejected, posts)))
     fits = [bool(query) and max(len(a), len(b)) <= limit and a != b for query, a, b in rows]
-    why = f"title too long, a text longer than --data.comparison-tokens {limit}, or the same text twice"
+    why = f"title or prompt too long, a text longer than --data.comparison-tokens {limit}, or the same text twice"
     compared: dict[tuple, list] = {}  # query -> its pairs, with their kinds
     for i in fitting(run, f"{split} comparisons", why, fits, posts):
         query, better, worse = map(tuple, rows[i])
@@ -1793,9 +1867,10 @@ def evaluate(run: Run) -> None:
         scorers["judge"] = load_reward_model(run, judge)
     labeler, warm = Labeler(read_posts(run, "train")), config.ppo.temperature
     uniforms = noise(config.seed, "evaluate", range(len(posts)), config.data.response_tokens)
-    texts = {"author": [post.summary for post in posts]}
-    responses = author_responses(codec, posts, policies["SFT"])
-    marks = {"author": marks_of(posts, Batch(queries, responses), codec, labeler, scorers, engine)}
+    written = np.array([bool(post.summary.strip()) for post in posts])
+    texts, responses = {"author": [post.summary for post in posts]}, author_responses(codec, posts, policies["SFT"])
+    own = marks_of(posts, Batch(queries, responses), codec, labeler, scorers, engine)
+    marks = {"author": {name: np.where(written, x, np.nan) for name, x in own.items()}}
     for name, policy in policies.items():
         for temperature in (config.evaluate.temperature, warm):
             responses = sample(policy, queries, uniforms, temperature, codec.eos_id, engine)
@@ -1804,10 +1879,8 @@ def evaluate(run: Run) -> None:
             marks[writer] = marks_of(posts, batch, codec, labeler, scorers, engine)
             if temperature == warm:  # the KL is that of the policy PPO sampled from
                 marks[writer]["kl"] = kl_of(policy, policies["SFT"], batch, warm, engine)
-    written = [{"summaries": {writer: summaries[i] for writer, summaries in texts.items()}} for i in range(len(posts))]
-    run.write("eval.jsonl", partial(write_records, [post.fields() | record for post, record in zip(posts, written)]))
     row = {"labeler": "labeler", "reward": "score"}.get(judge, "judge")
-    vote = load_function("--evaluate.judge", judge) if row not in marks["author"] else None
+    vote = load_function("--evaluate.judge", judge) if row not in own else None
 
     def prefer(a: str, b: str) -> np.ndarray:  # (N,)
         if vote is None:
@@ -1828,10 +1901,15 @@ def marks_of(
         "labeler, other post": [labeler.score(post, text) for post, text in zip(others, texts)],
         "rouge_l": [rouge_l(text, post.summary) for post, text in zip(posts, texts)],
         "rouge_l, other post": [rouge_l(text, post.summary) for post, text in zip(others, texts)],
+        "invented words": [labeler.invented(post, text) for post, text in zip(posts, texts)],
+        "repetitive": [labeler.is_repetitive(text) for text in texts],
         "eos": [response[-1] == codec.eos_id for response in batch.responses],
         "tokens": [len(response) for response in batch.responses],
     }
-    return {name: torch.as_tensor(x).cpu().double().numpy() for name, x in marks.items()}
+    marks = {name: torch.as_tensor(x).cpu().double().numpy() for name, x in marks.items()}
+    for name, of in (("rouge_l", posts), ("rouge_l, other post", others)):  # NaN: nothing to measure by
+        marks[name][[not WORD.search(post.summary) for post in of]] = np.nan
+    return marks
 
 
 def kl_of(
@@ -1855,13 +1933,19 @@ def votes(judge: Callable[[str, str, str], float], posts: Sequence[Post], a: lis
 
 
 def compare_marks(x: Marks, y: Marks, wins: np.ndarray) -> Figures:
-    """One writer against another on the same posts: share of wins, and mean differences."""
+    """One writer against another on the same posts: share of wins, the same where both used as many words (to a tenth),
+    and mean differences."""
     margins = (marks["labeler"] - marks["labeler, other post"] for marks in (x, y))
-    return {
-        "win rate": share_with_interval(wins),
-        "margin gain": mean_with_interval(np.subtract(*margins)),
-        "rouge_l gain": mean_with_interval(x["rouge_l"] - y["rouge_l"]),
-        "score gain": mean_with_interval(x["score"] - y["score"]),
+    gains = {"margin gain": np.subtract(*margins)}
+    gains |= {f"{name} gain": x[name] - y[name] for name in ("rouge_l", "score")}
+    there = {name: gain[~np.isnan(gain)] for name, gain in gains.items()}
+    both = ~np.isnan(gains["score gain"])  # wrote something
+    shares = {
+        "win rate": wins[both],
+        "same length": wins[both & (np.abs(x["tokens"] - y["tokens"]) <= 0.1 * y["tokens"])],
+    }
+    return {name: share_with_interval(won) for name, won in shares.items() if len(won)} | {
+        name: mean_with_interval(gain) for name, gain in there.items() if len(gain)
     }
 
 
@@ -1885,21 +1969,25 @@ def report(
     marks: dict[str, Marks],
     prefer: Callable[[str, str], np.ndarray],
 ) -> None:
-    """Table, controls, samples, verdict, eval.json."""
+    """Table, controls, samples, verdict; eval.json, and eval.jsonl with all summaries, before a judge may fail."""
     labeler = "the labeler that made the preferences" if run.labeler_chose else "word overlap, not those who chose"
     known, judge = {"labeler": labeler, "reward": "what PPO was trained on"}, run.config.evaluate.judge
     judge = known.get(judge, judge)
     cold, warm = (f"T={t}" for t in (run.config.evaluate.temperature, run.config.ppo.temperature))
-    means = {writer: {name: float(x.mean()) for name, x in row.items()} for writer, row in marks.items()}
+    known = {writer: {name: x[~np.isnan(x)] for name, x in row.items()} for writer, row in marks.items()}
+    means = {writer: {name: float(x.mean()) for name, x in row.items() if len(x)} for writer, row in known.items()}
     names = list(dict.fromkeys(chain(*means.values())))
     cells = [[name, *(f"{row[name]:.3f}" if name in row else "" for row in means.values())] for name in names]
     run.say(table([[f"{len(posts)} held-out posts", *means], *cells]))
+    written = [{"summaries": {writer: summaries[i] for writer, summaries in texts.items()}} for i in range(len(posts))]
+    run.write("eval.jsonl", partial(write_records, [post.fields() | record for post, record in zip(posts, written)]))
     pairs = [(f"PPO {cold}", f"SFT {cold}"), (f"PPO {warm}", f"SFT {warm}"), (f"PPO {warm}", f"SFT {cold}")]
-    pairs += [(f"PPO {cold}", "author"), (f"SFT {cold}", "author")]
+    pairs += [(f"PPO {cold}", "author"), (f"SFT {cold}", "author")] if means["author"] else []
     versus = {f"{a} against {b}": compare_marks(marks[a], marks[b], prefer(a, b)) for a, b in pairs}
     cell = "{:+.3f} [{:+.3f}, {:+.3f}]".format
-    cells = [[pair, *(cell(*figure) for figure in row.values())] for pair, row in versus.items()]
-    run.say(table([["mean [95% interval]", *next(iter(versus.values()))], *cells]))
+    names = list(dict.fromkeys(chain(*versus.values())))
+    cells = [[pair, *(cell(*row[name]) if name in row else "" for name in names)] for pair, row in versus.items()]
+    run.say(table([["mean [95% interval]", *names], *cells]))
     for i, post in enumerate(posts[:5]):
         run.say(headline(post))
         run.say("\n".join(f"    {writer:10} {texts[writer][i]}" for writer in ("author", f"SFT {cold}", f"PPO {cold}")))
@@ -1916,8 +2004,8 @@ def verdict(versus: dict[str, Figures], judge: str, posts: int) -> str:
     lines = [f"Judged by {judge}, in 95% intervals:"]
     for pair, figures in versus.items():
         words = []
-        for name, neutral in (("win rate", 0.5), ("margin gain", 0.0), ("rouge_l gain", 0.0)):
-            mean, low, high = figures[name]
+        for name in (name for name in ("win rate", "margin gain", "rouge_l gain") if name in figures):
+            neutral, (mean, low, high) = 0.5 * (name == "win rate"), figures[name]
             word = "up" if low > neutral else "down" if high < neutral else "not measurably different"
             words.append(f"{name.removesuffix(' gain')} {word}" + f" ({mean:.1%})" * (name == "win rate"))
         lines.append(f"    {pair}: {', '.join(words)}")
@@ -1978,9 +2066,15 @@ def ppo_updates(folder: Path) -> list[dict]:
         return [record for record in map(json.loads, lines) if record["stage"] == "ppo"]
 
 
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese have no blanks between words: each character counts as one.
+ALONE = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(rf"[{ALONE}]|[^\W_{ALONE}]+")  # of letters and digits, in whatever script
+STEM = re.compile(rf"[{ALONE}]|[^\W\d_{ALONE}]{{2,}}|[^\W\d_\x00-\x7f]")  # of letters alone, in English of two or more
+
+
 def rouge_l(summary: str, reference: str) -> float:
     """ROUGE-L F1: longest common subsequence of words, over the mean of both lengths [Lin 2004]."""
-    a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (summary, reference))
+    a, b = (WORD.findall(text.lower()) for text in (summary, reference))
     row = [0] * (len(b) + 1)
     for word in a:
         previous = row
@@ -2062,7 +2156,7 @@ def pretrain(run: Run) -> None:
     model = run.engine.place(small_model(config.pretrain, tokenizer, config.seed))
     posts, queries = read_prompts(run, "train", codec)
     repeated = [f"{post.title}. {' '.join(post.post[:200].split()[:12])}" for post in posts]
-    batch = Batch(queries, codec.responses(repeated))
+    batch = Batch(queries, codec.responses(repeated, posts))
     train_language_model(run, "pretrain", model, batch, config.pretrain, 1.0, schedule=lambda progress: 1.0)
     run.write("base", partial(save_model, model, run.engine.weights(model), tokenizer))
 
@@ -2084,7 +2178,9 @@ def train_tokenizer(posts: Sequence[Post], template: str, vocab_size: int) -> Pr
     bpe.train_from_iterator((text[:10_000] for p in posts for text in (p.title, p.post, " " + p.summary)), trainer)
     # Without the space that ends a piece: it belongs to the next word, which then looks the same wherever it stands.
     bpe.add_tokens([literal.rstrip(" ") for literal, *_ in Formatter().parse(template) if literal.strip()])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|padding|>")
+    chat = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}assistant:"
+    special = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=chat, **special)
 
 
 @torch.no_grad()
@@ -2128,7 +2224,7 @@ def compare(run: Run) -> None:
         uniforms = [noise(seed, f"compare {split} {k}", range(len(posts)), T) for k in range(K)]
         uniforms, prompts = torch.stack(uniforms, dim=1).flatten(0, 1), [query for query in queries for _ in range(K)]
         responses = sample(policy, prompts, uniforms, config.ppo.temperature, codec.eos_id, run.engine, share)
-        drafts = chunks([codec.text(response) for response in responses], K)
+        drafts = chunks([codec.text(text, whole=bool(posts[i // K].prompt)) for i, text in enumerate(responses)], K)
         records = []
         for i, post in enumerate(posts):
             ranked = sorted(drafts[i], key=partial(labeler.score, post))
@@ -2155,6 +2251,7 @@ def compared_by(
     if abs(scores[0] - scores[1]) <= tie or not all(text.strip() for _, text in summaries):
         return []
     info = {"subreddit": post.subreddit, "title": post.title, "post": post.post}
+    info = {"prompt": post.prompt} if post.prompt else info
     candidates = [{"policy": policy, "text": text} for policy, text in summaries]
     return [{"info": info, "summaries": candidates, "choice": int(scores[1] > scores[0])}]
 
@@ -2171,12 +2268,13 @@ class Labeler:
     def __init__(self, posts: Sequence[Post]) -> None:
         self.posts = len(posts)
         self.seen_in = Counter(word for post in posts for word in set(self.words(post)))
+        self.known = {word for post in posts for text in post.fields().values() for word in STEM.findall(text.lower())}
 
     @staticmethod
     def words(text: str | Post) -> list[str]:
         if isinstance(text, Post):
             text = f"{text.title} {text.title} {text.post}"
-        return [word[:6] for word in re.findall(r"[a-z]{2,}", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).lower())]
+        return [word[:6] for word in STEM.findall(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).lower())]
 
     def rarity(self, word: str) -> float:
         """log(0.1 · N / df), and 0 for words in over a tenth of the posts."""
@@ -2198,6 +2296,15 @@ class Labeler:
         unfit = sum(self.rarity(word) for i, word in enumerate(words) if word not in about or word in words[:i])
         u = unfit / max(1.0, math.log(0.1 * (self.posts + 1)))
         return cosine - 0.2 * u / (1 + u)
+
+    def invented(self, post: Post, summary: str) -> float:
+        """Share of a summary's words that neither its post nor any training post or summary has."""
+        words, own = STEM.findall(summary.lower()), STEM.findall(f"{post.title} {post.post}".lower())
+        return sum(word not in self.known and word not in own for word in words) / max(1, len(words))
+
+    def is_repetitive(self, summary: str) -> bool:
+        """Whether a summary says a word three times that is no word of every post."""
+        return any(count >= 3 and self.rarity(word) for word, count in Counter(self.words(summary)).items())
 
 
 # -----------------------------------------------------------------------------
@@ -2250,13 +2357,13 @@ def one_line(what: str, function: Callable | None = None, text: str = "") -> Ite
 class Data:
     """Text: what is summarised. Without files, the docstrings of installed libraries are."""
 
-    train: Path | None = None  # Posts with summaries for training: JSON Lines with subreddit, title, post, summary.
+    train: Path | None = None  # To train on: subreddit, title, post and summary; or prompt and completion (README).
     valid: Path | None = None  # The same for validation: held-out loss, samples on the way.
     test: Path | None = None  # The same for the evaluation at the end. Default: the validation file.
-    # Human comparisons (OpenAI's JSON Lines: info, summaries, choice). Without them the labeler compares samples.
+    # Human comparisons: info, summaries, choice; or prompt, chosen, rejected. Default: the labeler compares samples.
     comparisons_train: Path | None = None
     comparisons_valid: Path | None = None  # The same for the reward model's accuracy.
-    query_tokens: int = 64  # Longest query; longer posts lose paragraphs from their end [D2]. Paper: 512.
+    query_tokens: int = 64  # Longest query; posts lose paragraphs [D2], prompts are left out. Paper: 512.
     response_tokens: int = 28  # Longest summary, EOS included. Paper: 53.
     comparison_tokens: int = 36  # Longest summary in comparisons, EOS included. Paper: 169.
     query_format: str = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"  # Query template [D1].

@@ -2855,7 +2855,18 @@ def test_the_report_names_the_winner_at_each_temperature():
     posts = toy_posts(40)
 
     def marks(labeler: float) -> dict:
-        names = ("score", "labeler", "labeler, other post", "rouge_l", "rouge_l, other post", "kl", "eos", "tokens")
+        names = (
+            "score",
+            "labeler",
+            "labeler, other post",
+            "rouge_l",
+            "rouge_l, other post",
+            "kl",
+            "eos",
+            "tokens",
+            "invented words",
+            "repetitive",
+        )
         return {name: numpy.full(40, labeler if name == "labeler" else 0.0) for name in names}
 
     writers = {"author": 0.9, "SFT T=0.01": 0.1, "SFT T=0.7": 0.5, "PPO T=0.01": 0.2, "PPO T=0.7": 0.4}
@@ -3341,7 +3352,7 @@ def test_judges_are_asked_in_both_orders():
 @law(
     "posts whose title leaves no room are left out, and the screen says how many and which is the first; where none fits, that "
     "is an error",
-    "nothing is dropped silently", *RUN_NEEDS, "Run", "Codec", "read_prompts", "read_pairs",
+    "nothing is dropped silently", *RUN_NEEDS, "Run", "Codec", "read_prompts",
 )  # fmt: skip
 def test_titles_too_long_are_counted():
     path, posts = workshop() / "titles.jsonl", toy_posts(200)
@@ -3961,6 +3972,301 @@ def test_both_forms_of_the_data_are_read():
         impl.parse_post(post._replace(title="\ud800").fields())
 
 
+WRITTEN = (
+    {"role": "user", "content": "Hello?"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "assistant", "content": "No."},
+)
+
+
+@law(
+    "prompts are text or conversations, given or the common beginning of chosen and rejected; answers are text or the last of "
+    "some messages; what is null is not there; a record keeps all its columns; of anything else the field is named",
+    "Bai et al. 2022, arXiv 2204.05862 (HH); TRL's dataset formats", "parse_post", "parse_comparison", "Post", "InputError",
+)  # fmt: skip
+def test_records_of_every_form_are_read():
+    user, yes, no = WRITTEN
+    hh = "\n\nHuman: Hello?\n\nAssistant: Who?\n\nHuman: I.\n\nAssistant:"
+    for record, prompt, texts in (
+        ({"prompt": "2 + 2 =", "chosen": "4", "rejected": " 5"}, "2 + 2 =", ("4", " 5")),
+        ({"prompt": [user], "chosen": [yes], "rejected": "No."}, [user], ("Yes.", "No.")),
+        ({"prompt": [user | {"name": None}], "chosen": [user, yes], "rejected": [no]}, [user], ("Yes.", "No.")),
+        ({"prompt": None, "chosen": [user, yes], "rejected": [user, no]}, [user], ("Yes.", "No.")),
+        ({"chosen": hh + " Ah.", "rejected": hh + " Bye."}, hh, (" Ah.", " Bye.")),
+        ({"chosen": hh + " The one.", "rejected": hh + " The other."}, hh, (" The one.", " The other.")),
+        ({"chosen": "The sky is blue", "rejected": "The sky is black"}, "The sky is", (" blue", " black")),
+        ({"prompt": HUB_POST, "chosen": [user, yes], "rejected": [user, no]}, None, ("Yes.", "No.")),
+        ({"prompt": HUB_POST.replace("\n\n", "\n"), "chosen": "x", "rejected": "y"}, HUB_POST.replace("\n\n", "\n"), ("x", "y")),
+    ):  # fmt: skip
+        record = record | {"answer": 4, "info": None, "subreddit": None, "post": None}
+        read, post = impl.parse_comparison(record), impl.parse_post(record)
+        assert (read.chosen, read.rejected) == texts and post.summary == texts[0], record
+        assert read.post == post._replace(summary="") and post.prompt == prompt and post.record == record, record
+        if prompt is None:
+            assert post[:3] == ("cats", "b", "c\n\nwith TL;DR: in it")
+        else:
+            assert post[:3] == ("", "", prompt if isinstance(prompt, str) else "user: Hello?")
+    for record, answer in (
+        ({"prompt": "2 + 2 =", "answer": "4"}, ""),
+        ({"prompt": "2 + 2 =", "completion": None}, ""),
+        ({"prompt": "2 + 2 =", "completion": " 4<|endoftext|>", "chosen": "5"}, " 4"),
+        ({"prompt": [user], "completion": [user, yes]}, "Yes."),
+    ):
+        assert impl.parse_post(record).summary == answer and impl.parse_post(record).record == record
+    posts = impl.parse_post(dict(zip(("subreddit", "title", "post", "summary", "chosen"), "abcde")) | {"prompt": None})
+    assert posts.fields() == dict(zip(("subreddit", "title", "post", "summary"), "abcd"))
+    for record, said in (
+        ({"question": "2 + 2?", "answer": "4"}, "field 'prompt' (or 'post') is missing"),
+        ({"prompt": "", "chosen": None}, "field 'prompt' (or 'post') is missing"),
+        ({"chosen": "one", "rejected": "two"}, "no common beginning"),
+        ({"chosen": [user, yes], "rejected": [no, no]}, "no common beginning"),
+        ({"chosen": [user, yes], "rejected": "no"}, "no common beginning"),
+        ({"prompt": []}, "field 'prompt' is neither text nor messages"),
+        ({"prompt": [user, "x"]}, "field 'prompt' is neither text nor messages"),
+        ({"prompt": [{"role": "user"}]}, "field 'content' is missing"),
+        ({"prompt": "x", "label": "y"}, "field 'chosen' is missing"),
+    ):
+        with pytest.raises(impl.InputError, match=re.escape(said)):
+            impl.parse_comparison(record)
+
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}{% if m.content == 'odd' %}{{ raise_exception('an odd one') }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_tokenizer():
+    """With the special tokens of ChatML, and a BOS before every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    special = [("<s>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=special)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@law(
+    "a prompt becomes a query as it stands, a conversation through the tokenizer's template, with one BOS and special tokens of "
+    "the template alone; an answer gets no space; what is too long is left out and counted",
+    "D1 and D2 are for TL;DR; [8] for prompts in general", *RUN_NEEDS, "Codec", "Run", "read_prompts",
+)  # fmt: skip
+def test_prompts_are_used_as_they_stand():
+    tokenizer, (user, yes, _) = chat_tokenizer(), WRITTEN
+    codec, decode = impl.Codec(tokenizer, impl.Data(query_tokens=200)), tokenizer.decode
+    text, chat = impl.parse_post({"prompt": "2 + 2 =\n"}), impl.parse_post({"prompt": [user]})
+    assert decode(codec.queries([text])[0]) == "<s>2 + 2 =\n"
+    whole = tokenizer.apply_chat_template([user], add_generation_prompt=True, return_dict=True).input_ids
+    assert codec.queries([chat, text, chat])[::2] == [whole, whole]
+    assert [decode(r) for r in codec.responses(["4 ", "4"], [text, chat])] == ["4 <|endoftext|>", "4<|endoftext|>"]
+    usual = impl.Post("a", "b", "c", "d")
+    assert codec.responses([" x", "y", "z "], [text, usual, usual]) == [
+        codec.responses(["x"])[0],
+        *codec.responses(["y", "z"]),
+    ]
+    for content in ("a <|im_end|>", "<|im_start|><|im_end|>x", "<s>", "<|<|im_end|>im_end|>", "\ufdd0<|endoftext|>"):
+        (query,) = codec.queries([impl.parse_post({"prompt": [user | {"content": content}, yes, user]})])
+        assert decode(query) == tokenizer.apply_chat_template(
+            [user | {"content": content.strip("\ufdd0")}, yes, user], add_generation_prompt=True, tokenize=False
+        )  # fmt: skip
+        special = Counter(token for token in query if token in tokenizer.all_special_ids)
+        names = {"<s>": 1, "<|im_start|>": 4, "<|im_end|>": 3}
+        assert special == {tokenizer.convert_tokens_to_ids(name): n for name, n in names.items()}
+    assert "an odd one" in config_error(
+        lambda: codec.queries([impl.parse_post({"prompt": [user | {"content": "odd"}]})])
+    )
+    path = workshop() / "prompts.jsonl"
+    records = [{"prompt": f"{i} + {i} =" + " and" * 300 * (i == 7)} for i in range(120)] + [{"prompt": [user]}]
+    impl.write_records(records, path)
+    run = impl.Run(with_flag(with_flag(tiny_config("prompts"), "data.train", path), "data.valid", path))
+    posts, queries = impl.read_prompts(run, "train", codec)
+    assert [post.record for post in posts] == records[:7] + records[8:] and queries == codec.queries(posts)
+    assert len(run.said) == 1 and "left out 1 of 121 train posts" in run.said.pop()
+    message = config_error(lambda: impl.read_examples(run, "train", codec))
+    assert "120 of 120 train summaries" in message and "--sft-model" in message
+    codec.tokenizer.chat_template = None
+    assert "no chat template" in config_error(lambda: codec.queries([chat]))
+
+
+def sentencepiece(normalizer=None, pre_tokenizer=None):
+    """A byte-fallback BPE as Llama's and Mistral's are."""
+    from tokenizers import Tokenizer, decoders, models, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    bpe.normalizer, bpe.pre_tokenizer = normalizer, pre_tokenizer
+    parts = decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    bpe.decoder = decoders.Sequence([*parts])
+    special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    bpe.train_from_iterator([post.post for post in toy_posts()], trainer)
+    clean = "clean_up_tokenization_spaces", "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", **dict.fromkeys(clean, True))
+
+
+@law(
+    "whatever a tokenizer does at the start of a text, query and response are the tokens of a text that holds both, and what is "
+    "decoded is what was written",
+    "D1; transformers issue 26273; inseq pull request 215", "Codec", "Post", "train_tokenizer", "parse_post",
+)  # fmt: skip
+def test_no_tokenizer_glues_a_blank_to_a_response():
+    from tokenizers import normalizers, pre_tokenizers
+
+    kinds = {
+        "Prepend": (normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None),
+        **{scheme: (None, pre_tokenizers.Metaspace(prepend_scheme=scheme)) for scheme in ("first", "always", "never")},
+    }
+    tokenizers = {name: sentencepiece(*kind) for name, kind in kinds.items()} | {"byte-level": tiny_tokenizer()}
+    for name, tokenizer in tokenizers.items():
+        codec, prompt = impl.Codec(tokenizer, impl.Data()), impl.parse_post({"prompt": "x:\n"})
+        for text, post in (("I like cats", impl.Post("a", "b", "c", "d")), ("I like cats", prompt), (" I", prompt)):
+            between = "" if post.prompt else " "
+            (response,) = codec.responses([text], [post])
+            inside = tokenizer("x:\n" + between + text, add_special_tokens=False).input_ids
+            assert response[:-1] == inside[-len(response) + 1 :], (name, text)
+            assert tokenizer.decode([*codec.queries([prompt])[0], *response[:-1]]) == "x:\n" + between + text, (
+                name,
+                text,
+            )
+        said = "I do n't know , he said . x = a [ 0 ] !"
+        assert codec.text(codec.responses([said])[0]) == said, name
+
+
+@law(
+    "words are letters and digits of any script, one character each where a script has no blanks; English words are as ever",
+    "Lin 2004; google/adk-python issue 4122", "rouge_l", "Labeler", text=st.text(st.characters(max_codepoint=127), max_size=40),
+)  # fmt: skip
+def test_words_of_every_script_count(text):
+    for same in (
+        "이웃이 매주 칠한다",
+        "我每天画梯子",
+        "毎日はしごを塗る",
+        "ทาสีบันได",
+        "Он красит лестницу",
+        "هو يدهن السلم",
+        "सीढ़ी",
+    ):
+        assert impl.rouge_l(same, same) == 1.0 and impl.Labeler.words(same), same
+    assert impl.rouge_l("我每天画梯子", "我每天画房子") == pytest.approx(5 / 6)
+    assert impl.rouge_l("이웃이 매주 칠한다", "이웃이 매일 칠한다") == pytest.approx(2 / 3)
+    assert impl.Labeler.words("Ärzte malen 매주 天気 à b 7") == ["ärzte", "malen", "매주", "天", "気", "à"]
+    ascii_words = re.findall(r"[a-z0-9]+", text.lower())
+    assert impl.rouge_l(text, " ".join(ascii_words)) == (1.0 if ascii_words else 0.0)
+    letters = re.findall(r"[a-z]{2,}", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", text).lower())
+    assert impl.Labeler.words(text) == [word[:6] for word in letters]
+
+
+@law(
+    "figures that nothing was written for are missing, not 0: of authors without a summary, and of likeness to it",
+    "D24: never claim more than was measured", *RUN_NEEDS, "marks_of", "report", "compare_marks",
+)  # fmt: skip
+def test_what_nobody_wrote_is_not_measured():
+    path, few = workshop() / "unanswered.jsonl", toy_posts(12)
+    for kept in (0, 3):
+        posts = [post if i < kept else post._replace(summary="") for i, post in enumerate(few)]
+        impl.write_records([post.fields() for post in posts], path)
+        config = with_flag(stage_config(f"unanswered {kept}", "evaluate"), "data.valid", path)
+        ((_, _, _, marks, _), _), = watched(config, "report")["report"]  # fmt: skip
+        text = (config.folder / "eval.json").read_text()
+        assert "NaN" not in text
+        record = json.loads(text)
+        alone, pairs = record["means"], record["comparisons"]
+        for writer in alone:
+            assert ("rouge_l" in alone[writer]) == (kept > 0), "ROUGE-L of nothing"
+        assert alone["PPO T=0.7"]["tokens"] > 0 and "labeler" in alone["PPO T=0.7"]
+        assert bool(alone["author"]) == (kept > 0) == ("PPO T=0.01 against author" in pairs)
+        if kept:
+            assert alone["author"]["rouge_l"] == 1.0 and alone["author"]["eos"] == 1.0
+            own = marks["PPO T=0.01"]["labeler"][:kept] - marks["author"]["labeler"][:kept]
+            wins = ((own > 0) + (own == 0) / 2).mean()
+            assert pairs["PPO T=0.01 against author"]["win rate"][0] == pytest.approx(wins)
+        for row in pairs.values():
+            assert row.keys() - {"same length"} == {
+                "win rate",
+                "margin gain",
+                "score gain",
+                *["rouge_l gain"] * (kept > 0),
+            }
+
+
+@law(
+    "samples of prompts are compared with the very tokens that were sampled, and as answers to the prompt they are of",
+    "a reward model should read what the policy writes", *RUN_NEEDS, "compare", "compared_by", "read_rankings", "Codec",
+)  # fmt: skip
+def test_samples_of_prompts_are_compared_as_they_are():
+    path = workshop() / "asked.jsonl"
+    messages = [[{"role": "user", "content": post.post}] for post in toy_posts(60)]
+    prompts = [post.post if i % 2 else messages[i] for i, post in enumerate(toy_posts(60))]
+    impl.write_records([{"prompt": prompt} for prompt in prompts], path)
+    config = with_flag(with_flag(stage_config("prompts compared", "compare"), "data.train", path), "data.valid", path)
+    drawn = watched(config, "sample")["sample"]
+    folders = (config.folder, finished_run())
+    run = impl.Run(replace(config, folder=config.folder.with_name("prompts compared again"), from_run=folders))
+    codec = run.codec("sft")
+    sampled = {(tuple(q), tuple(r)) for args, rows in drawn for q, r in zip(args[1], rows)}
+    asked, ended = {tuple(query) for args, _ in drawn for query in args[1]}, 0
+    rankings, kinds = impl.read_rankings(run, "train", codec)
+    assert asked == {tuple(query) for query in codec.queries([impl.parse_post({"prompt": p}) for p in prompts])}
+    for ranking in rankings:
+        assert tuple(ranking.query) in asked
+        ended += any((tuple(ranking.query), tuple(r)) in sampled for r in ranking.responses)
+    assert kinds and ended > 0.8 * len(rankings), (ended, len(rankings))
+
+
+@law(
+    "rows of a Parquet file are read as records where pyarrow is installed; where it is not, one line says so",
+    "README: your own data", "read_records", "parse_post", "InputError",
+)  # fmt: skip
+def test_parquet_is_read_where_it_can_be():
+    path, rows = workshop() / "rows.parquet", [{"prompt": "2 + 2 =", "answer": 4, "post": None}] * 150 + [{"prompt": 4}]
+    path.write_bytes(b"PAR1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        assert "pip install 'pmo[parquet]'" in config_error(lambda: impl.read_records(path, impl.parse_post))
+    table = SimpleNamespace(to_pylist=lambda: rows)
+    with pytest.MonkeyPatch.context() as patch:  # as pyarrow has it
+        patch.setattr(importlib.util, "find_spec", lambda name: name)
+        patch.setitem(sys.modules, "pyarrow", SimpleNamespace())
+        patch.setitem(sys.modules, "pyarrow.parquet", SimpleNamespace(read_table=lambda file: {path: table}[file]))
+        records, (complaint,) = impl.read_records(path, impl.parse_post)
+    assert [record.record for record in records] == rows[:150]
+    assert "1 of 151 records are unusable: line 151: field 'prompt' is missing or not text" in complaint
+
+
+@law(
+    "README's examples of one's own data run as they stand there, and end in what they say: a reward model or a rule, and an "
+    "evaluation",
+    "README: Your own data and models", *PROGRAM,
+)  # fmt: skip
+def test_readmes_examples_run():
+    readme = Path(impl.__file__).resolve().parent / "README.md"
+    if not readme.exists():
+        pytest.skip("missing: README.md lies beside pmo.py")
+    section = readme.read_text(encoding="utf-8").partition("### Your own data and models")[2]
+    (example,) = re.findall(r"^```sh\n(.*?)^```", section.partition("\n### ")[0], re.MULTILINE | re.DOTALL)
+    folder = workshop() / "examples"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / "python").symlink_to(sys.executable)
+    shutil.copy(impl.__file__, folder / "pmo.py")
+    path = os.pathsep.join([str(Path(sys.executable).parent), str(folder / "bin"), os.environ["PATH"]])
+    result = subprocess.run(
+        ["bash", "-e"], input=example, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    for name, stages in (("tldr", "sft reward ppo"), ("sums", "sft ppo"), ("chat", "sft reward ppo")):
+        made = folder / "runs" / name
+        assert {path.name for path in made.iterdir() if path.is_dir()} == {"base", *stages.split()}
+        record = json.loads((made / "eval.json").read_text())
+        assert record["posts"] == 2 and 0 <= record["means"]["PPO T=0.7"]["rouge_l"] <= 1
+    assert "left out 1 of 2 train summaries" in result.stdout
+    sums, chat = ([json.loads(x) for x in (folder / "runs" / y / "eval.jsonl").open()] for y in ("sums", "chat"))
+    assert [line["summaries"]["author"] for line in sums] == [" 5", ""]
+    assert [line["post"] for line in chat] == ["user: Hi!", "user: Bye!"]
+
+
 @law(
     "a few broken lines are left out and counted, with file, line and field; more than 1% are an error; nothing is silent",
     "README: your own data", "read_records", "parse_post", "parse_comparison", "InputError",
@@ -4068,14 +4374,38 @@ def test_the_verdict_claims_no_more_than_its_intervals():
     }  # fmt: skip
     theirs = {"labeler": [0.0, 2.0, 4.0, 0.0], "labeler, other post": [0.0] * 4, "rouge_l": [0.0] * 4}
     ours, theirs = ({k: numpy.array(v) for k, v in {**m, "score": [0, 0, 0, 2]}.items()} for m in (ours, theirs))
-    theirs["score"] = theirs["score"] - 1
+    theirs["score"], ours["tokens"] = theirs["score"] - 1, numpy.array([11, 11, 9, 9])
+    theirs["tokens"] = numpy.array([10, 12, 10, 11])
     wins = impl.wins_of(ours["labeler"], theirs["labeler"])
     assert wins.tolist() == [1, 0.5, 0, 0.5]
     figures = impl.compare_marks(ours, theirs, wins)
     means = {name: mean for name, (mean, _, _) in figures.items()}
+    assert means.pop("same length") == 0.5, "of the first three, a win, a tie and a loss"
+    assert figures["same length"] == impl.share_with_interval(wins[:3]) != figures["win rate"]
     assert means == {"win rate": 0.5, "margin gain": -0.25, "rouge_l gain": 0.25, "score gain": 1.0}
     half = 1.96 * math.sqrt(3) / 4 / math.sqrt(3)  # standard deviation √3/4, four posts
     assert figures["rouge_l gain"][1:] == pytest.approx((0.25 - half, 0.25 + half))
+
+
+@law(
+    "an invented word stands in no training post, title or summary, nor in the post that is summarised; a repetitive summary says "
+    "a word three times that is not in every post",
+    "README: the default run's table", "Labeler", "Post",
+)  # fmt: skip
+def test_invented_words_and_repetitions_are_counted():
+    posts = [impl.Post("a", f"title{'abcdefghijklmnopqrstuvwxyz'[i]}", "common words", "A summary.") for i in range(26)]
+    labeler, post = impl.Labeler(posts), impl.Post("a", "", "the fliplr function", "")
+    for summary, share in (
+        ("Common titlez summary", 0.0), ("common commons", 0.5), ("FLIPLR the function", 0.0), ("fliplring", 1.0), ("", 0.0), ("7", 0.0),
+    ):  # fmt: skip
+        assert labeler.invented(post, summary) == share, summary
+    for summary, repeats in (
+        ("zebra zebra, zebra", True),
+        ("zebra zebra", False),
+        ("common common common", False),
+        ("", False),
+    ):
+        assert labeler.is_repetitive(summary) == repeats, summary
 
 
 @law(
@@ -5300,6 +5630,9 @@ def test_users_functions_fail_in_one_line():
         message = config_error(lambda: impl.start(config))
         assert message.startswith(f"ppo, step 1: {flag}: SystemExit: 0 (faulty.py, line 8), for ")
         assert f"; once that is mended, --resume {config.folder} goes on" in message
+        config = stage_config("a judge that fails", "evaluate", evaluate=impl.Evaluate(judge="faulty:raises"))
+        assert "KeyError: 'boom'" in config_error(lambda: impl.start(config))
+        assert (config.folder / "eval.jsonl").exists(), "the summaries are lost"
 
 
 @law(
@@ -6670,9 +7003,9 @@ MUTANTS = [
     Mutant("posts are cut in mid-paragraph", "test_long_queries_lose_paragraphs_and_keep_the_rest", "    if fitting:\n", "    if False:\n"),
     Mutant("truncation keeps one character too many", "test_truncation_is_by_paragraph_then_by_character", "key=lambda cut: not fits(post[:cut])) - 1]", "key=lambda cut: not fits(post[:cut]))]"),
     Mutant("truncation of the impossible gives nothing", "test_truncation_that_cannot_succeed_is_an_error", 'refuse(not fits(""), "even an empty post does not fit: title and template are too long")', ""),
-    Mutant("responses lack their space", "test_queries_and_responses_are_formatted_as_in_the_paper", '" " + summary.strip()', "summary.strip()"),
+    Mutant("responses lack their space", "test_queries_and_responses_are_formatted_as_in_the_paper", 'else " " + text.strip() for', "else text.strip() for"),
     Mutant("responses lack EOS", "test_queries_and_responses_are_formatted_as_in_the_paper", "[[*tokens, self.eos_id] for", "[[*tokens] for"),
-    Mutant("text can become EOS", "test_queries_and_responses_are_formatted_as_in_the_paper", "split_special_tokens=True", "split_special_tokens=False"),
+    Mutant("text can become EOS", "test_queries_and_responses_are_formatted_as_in_the_paper", '"split_special_tokens": not special', '"split_special_tokens": False'),
     Mutant("every epoch has the same order", "test_noise_is_addressed_by_the_episode", "rng(seed, purpose, epoch).permutation(n)", "rng(seed, purpose).permutation(n)"),
     Mutant("shuffles draw with replacement", "test_shuffles_use_every_example_once_per_epoch", "rng(seed, purpose, epoch).permutation(n)", "rng(seed, purpose, epoch).integers(0, n, n)"),
     Mutant("the seed is ignored", "test_noise_is_addressed_by_the_episode", "default_rng([seed, zlib", "default_rng([0, zlib"),
@@ -6745,7 +7078,7 @@ MUTANTS = [
     Mutant("SFT and PPO change columns", "test_evaluation_columns_belong_to_their_models", 'load_policy(run.path(name.lower()))) for name in ("SFT", "PPO")}', 'load_policy(run.path(name.lower()))) for name in ("SFT", "PPO")}\n    policies = dict(zip(policies, reversed(policies.values())))'),
     Mutant("the validation posts are the test", "test_evaluation_columns_belong_to_their_models", '"test": data.test or data.valid', '"test": data.valid'),
     Mutant("an earlier run comes before this one", "test_a_runs_own_folder_comes_first", "(self.folder, *self.config.from_run) if own", "(*self.config.from_run, self.folder) if own"),
-    Mutant("BOS is forgotten", "test_bos_where_the_tokenizer_has_one", "return [self.start + query for query in self.encode", "return [query for query in self.encode"),
+    Mutant("BOS is forgotten", "test_bos_where_the_tokenizer_has_one", "rows = [self.start + query for query in self.encode", "rows = [query for query in self.encode"),
     Mutant("accuracy is inverted", "test_reward_accuracies_are_shares_of_pairs", "wins = wins_of(scores[better], scores[worse])", "wins = wins_of(scores[worse], scores[better])"),
     Mutant("every shown text has the author's score", "test_shown_samples_belong_to_their_models", "[post], codec, engine, Batch(queries, responses))", '[post], codec, engine, Batch(queries, written["author"]))'),
     Mutant("shown texts change names", "test_shown_samples_belong_to_their_models", '(("sft", models.ref_policy), ("ppo", models.policy))', '(("sft", models.policy), ("ppo", models.ref_policy))'),
@@ -6787,7 +7120,33 @@ MUTANTS = [
     Mutant("any policy may be evaluated", "test_all_models_of_a_run_need_one_tokenizer", 'check_tokenizer(run, run.path("ppo"))', "pass"),
     Mutant("any reward model will do", "test_all_models_of_a_run_need_one_tokenizer", "check_tokenizer(run, folder)\n", "pass\n"),
     Mutant("the judge is always the labeler", "test_judges_are_asked_in_both_orders", '{"labeler": "labeler", "reward": "score"}.get(judge, "judge")', '"labeler"'),
-    Mutant("a long title is an error", "test_titles_too_long_are_counted", 'return tokens(truncate_post(post.post, fits)) if fits("") else []', "return tokens(truncate_post(post.post, fits))"),
+    Mutant("a long title is an error", "test_titles_too_long_are_counted", 'if not post.prompt and fits("") else []', "if not post.prompt else []"),
+    Mutant("a prompt that is too long is cut", "test_prompts_are_used_as_they_stand", 'if not post.prompt and fits("") else []', 'if fits("") else []'),
+    Mutant("a prompt is put into the template", "test_prompts_are_used_as_they_stand", "p.post if p.prompt else filled", "p.post if False else filled"),
+    Mutant("an answer gets a space", "test_prompts_are_used_as_they_stand", "text if post and post.prompt else", "text if False else"),
+    Mutant("a conversation is plain text", "test_prompts_are_used_as_they_stand", "if isinstance(p.prompt, list) else row for", "if False else row for"),
+    Mutant("a conversation begins with BOS twice", "test_prompts_are_used_as_they_stand", "list(chain(*self.encode(parts[:1]", "list(chain(self.start, *self.encode(parts[:1]"),
+    Mutant("the answer's turn is not opened", "test_prompts_are_used_as_they_stand", "add_generation_prompt=True", "add_generation_prompt=False"),
+    Mutant("a message can hold a special token", "test_prompts_are_used_as_they_stand", "self.spelled.sub(rf", "re.compile(r'(?!)(.)').sub(rf"),
+    Mutant("special tokens of the template are text", "test_prompts_are_used_as_they_stand", "self.encode(parts[:1], special=True)", "self.encode(parts[:1])"),
+    Mutant("special tokens behind a spelled one are text", "test_prompts_are_used_as_they_stand", "self.encode(parts[1:], special=True, seam", "self.encode(parts[1:], seam"),
+    Mutant("a blank is glued before a response", "test_no_tokenizer_glues_a_blank_to_a_response", "self.encode(texts, seam=self.seam)", "self.encode(texts)"),
+    Mutant("a response keeps its seam", "test_no_tokenizer_glues_a_blank_to_a_response", "[row[len(seam) :] for row in rows]", "rows"),
+    Mutant("text is cleaned when decoded", "test_no_tokenizer_glues_a_blank_to_a_response", "(tokens, clean_up_tokenization_spaces=False)", "(tokens)"),
+    Mutant("the first message is the answer", "test_records_of_every_form_are_read", 'field[-1]["content"]', 'field[0]["content"]'),
+    Mutant("an implicit prompt ends with the first turn", "test_records_of_every_form_are_read", r'r"(.*\n\nAssistant:|', r'r"(.*?\n\nAssistant:|'),
+    Mutant("an implicit prompt is cut in mid-word", "test_records_of_every_form_are_read", r"|.*(?=\s)|)", "|.*)"),
+    Mutant("conversations may differ", "test_records_of_every_form_are_read", "elif not prompt and one[:-1] == other[:-1]:", "elif not prompt:"),
+    Mutant("null is a prompt", "test_records_of_every_form_are_read", 'if record.get("prompt") is None and any', 'if "prompt" not in record and any'),
+    Mutant("what was chosen is no demonstration", "test_records_of_every_form_are_read", 'answers.get("completion", answers.get("chosen", ""))', 'answers.get("completion", "")'),
+    Mutant("TL;DR prompts are not taken apart", "test_both_forms_of_the_data_are_read", "if isinstance(prompt, str) and (match", "if False and (match"),
+    Mutant("words are ASCII", "test_words_of_every_script_count", "[^\\W_{ALONE}]+", "[a-z0-9]+"),
+    Mutant("Chinese has no words", "test_words_of_every_script_count", 'WORD = re.compile(rf"[{ALONE}]|', 'WORD = re.compile(rf"[{ALONE}]+|'),
+    Mutant("the labeler reads ASCII alone", "test_words_of_every_script_count", "[^\\W\\d_{ALONE}]{{2,}}|[^\\W\\d_\\x00-\\x7f]", "[a-z]{{2,}}"),
+    Mutant("what cannot be measured is 0", "test_what_nobody_wrote_is_not_measured", "for post in of]] = np.nan", "for post in of]] = 0.0"),
+    Mutant("an author who wrote nothing is judged", "test_what_nobody_wrote_is_not_measured", "np.where(written, x, np.nan)", "x"),
+    Mutant("rounds forget a conversation", "test_samples_of_prompts_are_compared_as_they_are", 'info = {"prompt": post.prompt} if post.prompt else info', "pass"),
+    Mutant("compared samples lose their blanks", "test_samples_of_prompts_are_compared_as_they_are", "whole=bool(posts[i // K].prompt)", "whole=False"),
     Mutant("the head is called without its scaling", "test_any_decoder_will_do", "logits = policy(**layout.inputs, use_cache=False).logits\n    return logits, entered[0]", "policy(**layout.inputs, use_cache=False)\n    return policy.get_output_embeddings()(entered[0]), entered[0]"),
     Mutant("the rollout's mask forgets EOS", "test_rollout_holds_what_each_model_said", "[len(response) for response in batch.responses], device=engine.device)", "[max(1, len(response) - 1) for response in batch.responses], device=engine.device)"),
     Mutant("hacking is seen where the labeler rises", "test_bad_signs_are_said_once", 'rise("labeler") < -0.02', 'rise("labeler") > 0.02'),
@@ -6832,6 +7191,11 @@ MUTANTS = [
     Mutant("the picture is of the first run", "test_curves_are_drawn_of_each_run", "for update in ppo_updates(folder) if name", "for update in ppo_updates(folders[0]) if name"),
     Mutant("a refused run leaves its folder", "test_a_refused_run_leaves_no_folder", "if self.untouched and self.engine", "if False and self.engine"),
     Mutant("a refused run takes its data with it", "test_a_refused_run_leaves_no_folder", 'self.untouched &= name in ("config.json", STATE)', "pass"),
+    Mutant("a summary's words are known", "test_invented_words_and_repetitions_are_counted", "for text in post.fields().values() for word", "for text in (post.title, post.post) for word"),
+    Mutant("a post's own words are invented", "test_invented_words_and_repetitions_are_counted", "not in self.known and word not in own", "not in self.known"),
+    Mutant("twice is repetitive", "test_invented_words_and_repetitions_are_counted", "count >= 3 and", "count >= 2 and"),
+    Mutant("any word is repetitive", "test_invented_words_and_repetitions_are_counted", "count >= 3 and self.rarity(word)", "count >= 3"),
+    Mutant("length is no matter", "test_the_verdict_claims_no_more_than_its_intervals", "<= 0.1 * y[", "<= 1.0 * y["),
     Mutant("a share's interval is the normal one", "test_shares_have_wilsons_interval", "p * (1 - p) / n + z * z / (4 * n * n))", "p * (1 - p) / n)"),
     Mutant("scores without EOS count as hacking", "test_bad_signs_are_said_once", 'if rise("raw_scores") > 0', 'if rise("scores") > 0'),
     Mutant("the labeler watches a rule", "test_a_rule_replaces_the_reward_model", "labeler = Labeler(posts) if run.labeler_chose else None", "labeler = Labeler(posts)"),
@@ -6991,6 +7355,7 @@ MUTANTS = [
     Mutant("the base's sampling flags are saved", "test_only_finite_weights_and_own_settings_are_saved", "if model.can_generate():", "if False:"),
     Mutant("two may write", "test_a_folder_has_one_writer", "fcntl.flock(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
     Mutant("a rule's directory stays", "test_users_functions_fail_in_one_line", "            reset(value)\n", "            pass\n"),
+    Mutant("a judge that fails costs all summaries", "test_users_functions_fail_in_one_line", 'run.write("eval.jsonl", partial', 'partial(run.write, "eval.jsonl", partial'),
     Mutant("a rule may answer in words", "test_users_functions_fail_in_one_line", "if not isinstance(score, str) else math.nan", "if score is not None else math.nan"),
     Mutant("a rule may change a record", "test_users_functions_fail_in_one_line", "copy.deepcopy(post.record)", "post.record"),
     Mutant("a rule's last line is not looked for", "test_users_functions_fail_in_one_line", "for frame in trace if not", "for frame in trace[:1] if not"),
@@ -6998,7 +7363,7 @@ MUTANTS = [
     Mutant("a log may be a link", "test_a_runs_folder_is_input", "refuse((self.folder / name).is_symlink(), f", "refuse(False, f"),
     Mutant("data may change between kill and resume", "test_a_runs_folder_is_input", "if inputs.get(path) != was]", "if False]"),
     Mutant("a byte-order mark is text", "test_records_of_all_kinds_are_read_or_told", '"utf-8-sig" if number == 1 else "utf-8"', '"utf-8"'),
-    Mutant("a blank line at the end is a record", "test_records_of_all_kinds_are_read_or_told", "if bad and line.isspace():", "if False:"),
+    Mutant("a blank line at the end is a record", "test_records_of_all_kinds_are_read_or_told", "if bad and isinstance(line, bytes) and line.isspace():", "if False:"),
     Mutant("every bad line is remembered", "test_records_of_all_kinds_are_read_or_told", "if bad <= 3 else []", "if bad <= 300 else []"),
     Mutant("a kind may be no Unicode", "test_records_of_all_kinds_are_read_or_told", "kinds = [text_field({name: str(kind)}, name) for", "kinds = [str(kind) for"),
     Mutant("empty summaries are trained on", "test_records_of_all_kinds_are_read_or_told", "bool(p.summary.strip()) and len(response)", "len(response)"),
