@@ -2259,8 +2259,8 @@ def compared_by(
 class Labeler:
     """The default run's stand-in for the human: which of two summaries is more about *this* post, and says only that?
 
-    TF-IDF cosine between summary and post (title counted twice), less a penalty for each word that the post does not
-    hold or that was said already. Words that fit every post weigh nothing in either, so style alone earns nothing.
+    TF-IDF cosine between the summary's words, each once, and the post (title counted twice), less a penalty for each
+    word that the post does not hold or that was said already. Words that fit every post weigh nothing in either, so style alone earns nothing.
     Document frequencies come from the training posts. Scores make comparisons and judge the end result; reward model
     and PPO never see them.
     """
@@ -2292,7 +2292,8 @@ class Labeler:
         u counts unsupported and repeated words, each by its rarity: a word in no training post counts 1.
         """
         about, words = self.weights(self.words(post)), self.words(summary)
-        cosine = sum(weight * about.get(word, 0.0) for word, weight in self.weights(words).items())
+        said_once = self.weights(list(dict.fromkeys(words)))
+        cosine = sum(weight * about.get(word, 0.0) for word, weight in said_once.items())
         unfit = sum(self.rarity(word) for i, word in enumerate(words) if word not in about or word in words[:i])
         u = unfit / max(1.0, math.log(0.1 * (self.posts + 1)))
         return cosine - 0.2 * u / (1 + u)
@@ -2375,7 +2376,7 @@ class Pretrain:
 
     # Passes over the training posts, next-token loss on everything. The response asked for repeats the title and the
     # post's first words: without copying a model this small learns the style of summaries, but not to look at the post.
-    epochs: float = 1.0
+    epochs: float = 2.0
     batch_size: int = 8  # Posts per step.
     # Learning rate, constant after a warm-up of 50 steps (a tenth of all steps, where those are fewer).
     lr: float = 3e-3
@@ -2435,7 +2436,7 @@ class PPO:
     lr: float = 4e-4  # Learning rate of the policy, linear to 0. Paper: 3e-6.
     value_lr: float = 1e-3  # Learning rate of the value model. Paper: 3e-6.
     temperature: float = 0.7  # Sampling temperature; log-probabilities use it too [D13]. Paper: 0.7.
-    kl_coef: float = 0.2  # Beta, price of one nat of KL to the SFT model [D15; 5, section 3.4]. Paper: 0.05.
+    kl_coef: float = 0.1  # Beta, price of one nat of KL to the SFT model [D15; 5, section 3.4]. Paper: 0.05.
     # Estimator of the KL (Schulman 2020). Default: k1 in the reward, k2 in the loss.
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     # Where the KL is charged. In the loss k1 has no gradient in expectation. Paper: reward.

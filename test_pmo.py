@@ -2980,7 +2980,8 @@ def test_a_reward_model_near_chance_is_warned_of():
 
 
 @law(
-    "the labeler's score is the TF-IDF cosine with the post, less a bounded penalty for rare words unsupported or said twice; "
+    "the labeler's score is the TF-IDF cosine of a summary's words, each once, with the post, less a bounded penalty for rare "
+    "words unsupported or said twice; "
     "words are cut to six letters",
     "README: the labeler; Salton & Buckley 1988 for TF-IDF", "Labeler", "Post",
 )  # fmt: skip
@@ -3006,7 +3007,7 @@ def test_the_labelers_score_is_the_formula_it_says():
         ("daisy cedar amber", ["daisy"]),
         ("unseen cedar unseen amber cedar", ["unseen", "unseen", "cedar"]),
     ):
-        one, two = unit("cedar cedar amber amber elder"), unit(summary)
+        one, two = unit("cedar cedar amber amber elder"), unit(" ".join(dict.fromkeys(summary.split())))
         cosine = sum(x * one.get(w, 0.0) for w, x in two.items())
         u = sum(rarity[w] for w in unfit) / math.log(0.1 * (len(posts) + 1))
         assert 0.05 < cosine and labeler.score(post, summary) == pytest.approx(cosine - 0.2 * u / (1 + u))
@@ -7098,6 +7099,7 @@ MUTANTS = [
     Mutant("the penalty has no bound", "test_the_labelers_score_is_the_formula_it_says", "- 0.2 * u / (1 + u)", "- 0.2 * u"),
     Mutant("posts may be nameless", "test_the_corpus_has_no_near_duplicates", "if not post.title or not sentence", "if not sentence"),
     Mutant("the title counts once", "test_the_labelers_score_is_the_formula_it_says", 'f"{text.title} {text.title} {text.post}"', 'f"{text.title} {text.post}"'),
+    Mutant("to repeat a word pays", "test_the_labelers_score_is_the_formula_it_says", "self.weights(list(dict.fromkeys(words)))", "self.weights(words)"),
     Mutant("term frequency is not damped", "test_the_labelers_score_is_the_formula_it_says", "(1 + math.log(count)) * self", "count * self"),
     Mutant("comparisons are drawn at temperature 1", "test_comparisons_are_all_pairs_at_ppos_temperature", "uniforms, config.ppo.temperature, codec.eos_id, run.engine, share)", "uniforms, 1.0, codec.eos_id, run.engine, share)"),
     Mutant("only the best and the worst are compared", "test_comparisons_are_all_pairs_at_ppos_temperature", "enumerate(combinations(ranked, 2))", "enumerate([(ranked[0], ranked[-1])])"),
