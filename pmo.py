@@ -2260,9 +2260,9 @@ class Labeler:
     """The default run's stand-in for the human: which of two summaries is more about *this* post, and says only that?
 
     TF-IDF cosine between the summary's words, each once, and the post (title counted twice), less a penalty for each
-    word that the post does not hold or that was said already. Words that fit every post weigh nothing in either, so style alone earns nothing.
-    Document frequencies come from the training posts. Scores make comparisons and judge the end result; reward model
-    and PPO never see them.
+    word that the post does not hold or that was said already. Words that fit every post weigh nothing in either, so
+    style alone earns nothing. Document frequencies come from the training posts. Scores make comparisons and judge the
+    end result; reward model and PPO never see them.
     """
 
     def __init__(self, posts: Sequence[Post]) -> None:
