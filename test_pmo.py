@@ -1,6 +1,6 @@
 """Laws of PPO for language models: what is true of every correct implementation, each with its source.
 
-    python test_pmo.py                              the contract's 88 laws, in a table; --table out.json writes it
+    python test_pmo.py                              the contract's 93 laws, in a table; --table out.json writes it
     PMO_IMPL=my_module python test_pmo.py           the same, held against the functions of my_module (or path/to/it.py)
     PMO_IMPL=my_module pytest test_pmo.py           each law by itself: a failure shows the smallest counterexample
     PMO_IMPL=trl python test_pmo.py                 TRL, torchtune or torchrl, where installed, by the adapters below
@@ -8,7 +8,7 @@
     python test_pmo.py race short                   time an update of pmo's against one of TRL's (README: "Speed");
                                                     race tldr 4: four responses per query; race reward: that stage
 
-88 laws are about the contract and can be held against any implementation; they end at the line "copy up to here",
+93 laws are about the contract and can be held against any implementation; they end at the line "copy up to here",
 and the file works alone when it ends there. The laws below that line are pmo's own.
 
 An implementation is a module with any of the contract's functions (README: "Verify another implementation"): torch
@@ -72,9 +72,9 @@ except (ImportError, OSError) as error:
 is_pmo = hasattr(impl, "Config") and hasattr(impl, "ppo")
 
 CONTRACT = (
-    "response_mask", "length_mask", "penalize_missing_eos", "logprobs_of", "entropy_of", "masked_mean", "whiten",
-    "kl_estimate", "token_rewards", "gae", "leave_one_out", "policy_loss", "value_loss", "aggregate", "preference_loss",
-    "truncate_post",
+    "response_mask", "score_index", "length_mask", "positions", "penalize_missing_eos", "logprobs_of", "entropy_of",
+    "masked_mean", "whiten", "kl_estimate", "kl_loss", "token_rewards", "gae", "leave_one_out", "policy_loss",
+    "value_loss", "aggregate", "minibatch_share", "preference_loss", "pair_loss", "truncate_post",
 )  # fmt: skip
 
 
@@ -206,11 +206,12 @@ LAWS: dict[str, Law] = {}
 
 
 def law(statement: str, source: str, *needs: str, any_of: bool = False, choice: tuple[str, ...] = (),
-        hardening: bool = False, **strategies: st.SearchStrategy):  # fmt: skip
-    """State a law. The decorated function checks one example of it; hypothesis draws its arguments."""
+        hardening: bool = False, called: str = "", **strategies: st.SearchStrategy):  # fmt: skip
+    """State a law. The decorated function checks one example of it; hypothesis draws its arguments. A law that is
+    stated in a loop says what it is called."""
 
     def decorate(test: Callable[..., None]) -> Callable[[], None] | None:
-        name = test.__name__
+        name = called or test.__name__
         stated = LAWS[name] = Law(name, statement, source, needs, any_of, choice, hardening, test, strategies)
         if not is_pmo and not set(needs) <= set(CONTRACT):
             return None  # pmo's own: pytest does not see it
@@ -245,6 +246,7 @@ def law(statement: str, source: str, *needs: str, any_of: bool = False, choice: 
         run.__doc__ = statement
         run.__module__ = test.__module__
         vars(run).update(dict.fromkeys(needs, True))  # so that `pytest -k gae` finds every law about gae
+        globals()[name] = run
         return run
 
     return decorate
@@ -325,7 +327,8 @@ def some_arguments(of: torch.dtype) -> dict[str, tuple]:
         "kl_estimate k1": (x, y, "k1"), "kl_estimate k2": (x, y, "k2"), "kl_estimate k3": (x, y, "k3"),
         "gae": (x, y, mask, 0.5, 0.5), "policy_loss": (x, y, z, 0.25), "value_loss": (x, y, z, 0.25),
         "aggregate token": (x, mask, "token"), "aggregate sequence": (x, mask, "sequence"),
-        "preference_loss": (x[:, 0], y[:, 0]), "leave_one_out": (x[:, 0], 2),
+        "preference_loss": (x[:, 0], y[:, 0]), "leave_one_out": (x[:, 0], 2), "kl_loss": (x, y, 0.5),
+        "minibatch_share": (x, mask, mask), "pair_loss": (x, y, mask.sum(1), mask.sum(1)),
     }  # fmt: skip
 
 
@@ -394,9 +397,9 @@ def sequences(*names: str, rows: int = 4, longest: int = 6, **ranges: tuple) -> 
     return batches.map(lambda s: Sequences({name: [[x[i] for x in row] for row in s] for i, name in enumerate(limits)}))
 
 
-def padded(rows: list[list[float]], width: int | None = None) -> Tensor:
+def padded(rows: list[list[float]], width: int = 0, junk: float = 0.0) -> Tensor:
     width = width or max(map(len, rows))
-    return torch.tensor([row + [0.0] * (width - len(row)) for row in rows], dtype=torch.float64)
+    return torch.tensor([row + [junk] * (width - len(row)) for row in rows], dtype=torch.float64)
 
 
 def tensors(shape: tuple[int, ...], low: float = -3, high: float = 3) -> st.SearchStrategy[Tensor]:
@@ -431,12 +434,31 @@ def test_response_mask_ignores_tokens_after_eos(rows, eos_id, junk):
     close(contract.response_mask(torch.tensor(filled), eos_id), before)
 
 
+@law("the score is read at the first EOS, or at the last token of a row without one, also where EOS fills the row up",
+     "D8; where pad = EOS, what stands before the first pad is not the end", "score_index", rows=responses, eos_id=ids)  # fmt: skip
+def test_the_score_is_read_at_the_first_eos(rows, eos_id):
+    filled = [[eos_id if eos_id in row[:t] else token for t, token in enumerate(row)] for row in rows]
+    expected = [row.index(eos_id) if eos_id in row else len(row) - 1 for row in rows]
+    close(contract.score_index(torch.tensor(filled), eos_id), expected)
+
+
 @law("a length mask is True on as many first slots as the length says", "D3", "length_mask",
      lengths=st.lists(st.integers(0, 6), min_size=1, max_size=5), extra=st.integers(0, 2))  # fmt: skip
 def test_length_mask_is_true_on_the_first_slots(lengths, extra):
     T = max(lengths) + extra
     mask = contract.length_mask(torch.tensor(lengths), T)
     close(mask, torch.tensor([[t < n for t in range(T)] for n in lengths]).view(len(lengths), T).bool())
+
+
+@law("padding on the left moves no position: a row's first token has position 0, and padding some valid one",
+     "[4] detail 'position ids'; D5", "positions", lengths=st.lists(st.integers(1, 6), min_size=1, max_size=5),
+     extra=st.integers(0, 2))  # fmt: skip
+def test_left_padding_moves_no_position(lengths, extra):
+    width = max(lengths) + extra
+    mask = torch.tensor([[t >= width - n for t in range(width)] for n in lengths])
+    found = contract.positions(mask)
+    close(found[mask], [t for n in lengths for t in range(n)])
+    check(0 <= found.min() <= found.max() < width, f"{found.tolist()} are not all positions")
 
 
 @law("a response without EOS gets exactly the given score, whatever the model said; others keep theirs",
@@ -662,67 +684,56 @@ pairs = sequences("logprobs", "ref")
 SCHULMAN, DERIVED = "Schulman 2020, Approximating KL Divergence", "differentiate under samples of π; D15"
 
 
-def check_estimate(kind: str, s: Sequences, formula: Callable[[float, float], float]) -> None:
-    rows = [[formula(p, q) for p, q in zip(*row)] for row in zip(s.logprobs, s.ref)]
-    close(contract.kl_estimate(s.dense("logprobs"), s.dense("ref"), kind), padded(rows))
-
-
-def check_unbiased(kind: str, logits: tuple[Tensor, Tensor]) -> None:
-    p, q = (x.log_softmax(0) for x in logits)
-    estimates = contract.kl_estimate(p[None], q[None], kind)[0]
-    close((p.exp() * estimates).sum(), (p.exp() * (p - q)).sum())
-
-
-def check_expected_gradient(kind: str, logits: tuple[Tensor, Tensor], loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+def check_expected_gradient(estimate: Callable, logits: tuple[Tensor, Tensor], whole: Callable) -> None:
+    """Whether an estimate from single tokens has, over samples of π, the gradient of a function of whole π and π_ref."""
     q = logits[1].log_softmax(0)
 
     def estimated(x: Tensor) -> Tensor:
         p = x.log_softmax(0)
-        return p.detach().exp() * contract.kl_estimate(p[None], q[None], kind)[0]
+        return p.detach().exp() * estimate(p[None], q[None])[0]
 
     x = logits[0].clone().requires_grad_()
-    (expected,) = torch.autograd.grad(loss(x.log_softmax(0), q), x)
+    (expected,) = torch.autograd.grad(whole(x.log_softmax(0), q), x)
     close(gradients(estimated, logits[0])[0], expected)
 
 
-@law("k1 is log π − log π_ref", SCHULMAN, "kl_estimate", s=pairs)
-def test_kl_estimate_k1_is_schulmans(s):
-    check_estimate("k1", s, lambda p, q: p - q)
+WHOLE = {
+    "nothing": lambda p, q: 0 * p.sum(), "KL(π ‖ π_ref)": lambda p, q: (p.exp() * (p - q)).sum(),
+    "KL(π_ref ‖ π)": lambda p, q: (q.exp() * (q - p)).sum(),
+}  # fmt: skip
+
+for kind, said, formula, whole in (  # test_kl_estimate_k1_is_schulmans, and so on
+    ("k1", "log π − log π_ref", lambda p, q: p - q, "nothing"),
+    ("k2", "k1²/2", lambda p, q: (p - q) ** 2 / 2, "KL(π ‖ π_ref)"),
+    ("k3", "π_ref/π − 1 + k1", lambda p, q: math.exp(q - p) - 1 + (p - q), "KL(π_ref ‖ π)"),
+):
+
+    @law(f"{kind} is {said}", SCHULMAN, "kl_estimate", called=f"test_kl_estimate_{kind}_is_schulmans", s=pairs)
+    def _(s, kind=kind, formula=formula):
+        rows = [[formula(p, q) for p, q in zip(*row)] for row in zip(s.logprobs, s.ref)]
+        close(contract.kl_estimate(s.dense("logprobs"), s.dense("ref"), kind), padded(rows))
+
+    @law(f"{kind} as a loss has, in expectation, the gradient of {whole}", DERIVED, "kl_estimate",
+         called=f"test_kl_estimate_{kind}_has_its_gradient", logits=distributions)  # fmt: skip
+    def _(logits, kind=kind, whole=whole):
+        check_expected_gradient(lambda p, q: contract.kl_estimate(p, q, kind), logits, WHOLE[whole])
 
 
-@law("k2 is k1²/2", SCHULMAN, "kl_estimate", s=pairs)
-def test_kl_estimate_k2_is_schulmans(s):
-    check_estimate("k2", s, lambda p, q: (p - q) ** 2 / 2)
+for kind in ("k1", "k3"):
+
+    @law(f"{kind} is, in expectation over samples of π, KL(π ‖ π_ref)", SCHULMAN, "kl_estimate",
+         called=f"test_kl_estimate_{kind}_is_unbiased", logits=distributions)  # fmt: skip
+    def _(logits, kind=kind):
+        p, q = (x.log_softmax(0) for x in logits)
+        estimates = contract.kl_estimate(p[None], q[None], kind)[0]
+        close((p.exp() * estimates).sum(), WHOLE["KL(π ‖ π_ref)"](p, q))
 
 
-@law("k3 is π_ref/π − 1 + k1", SCHULMAN, "kl_estimate", s=pairs)
-def test_kl_estimate_k3_is_schulmans(s):
-    check_estimate("k3", s, lambda p, q: math.exp(q - p) - 1 + (p - q))
-
-
-@law("k1 is, in expectation over samples of π, KL(π ‖ π_ref)", SCHULMAN, "kl_estimate", logits=distributions)
-def test_kl_estimate_k1_is_unbiased(logits):
-    check_unbiased("k1", logits)
-
-
-@law("k3 is, in expectation over samples of π, KL(π ‖ π_ref)", SCHULMAN, "kl_estimate", logits=distributions)
-def test_kl_estimate_k3_is_unbiased(logits):
-    check_unbiased("k3", logits)
-
-
-@law("k1 as a loss has no gradient in expectation", DERIVED, "kl_estimate", logits=distributions)
-def test_kl_estimate_k1_has_its_gradient(logits):
-    check_expected_gradient("k1", logits, lambda p, q: 0 * p.sum())
-
-
-@law("k2 as a loss has the gradient of KL(π ‖ π_ref)", DERIVED, "kl_estimate", logits=distributions)
-def test_kl_estimate_k2_has_its_gradient(logits):
-    check_expected_gradient("k2", logits, lambda p, q: (p.exp() * (p - q)).sum())
-
-
-@law("k3 as a loss has the gradient of KL(π_ref ‖ π)", DERIVED, "kl_estimate", logits=distributions)
-def test_kl_estimate_k3_has_its_gradient(logits):
-    check_expected_gradient("k3", logits, lambda p, q: (q.exp() * (q - p)).sum())
+@law("a price of KL that stands in the loss has the expected gradient of β KL(π ‖ π_ref), or of β KL(π_ref ‖ π); k1 has "
+     "none", DERIVED, "kl_loss", choice=("KL(π ‖ π_ref)", "KL(π_ref ‖ π)"), logits=distributions, kl_coef=unit)  # fmt: skip
+def test_kl_in_the_loss_has_a_gradient(logits, kl_coef, choice):
+    whole = lambda p, q: kl_coef * WHOLE[choice](p, q)  # noqa: E731
+    check_expected_gradient(lambda p, q: contract.kl_loss(p, q, kl_coef), logits, whole)
 
 
 @law("k3 of nearly equal policies is k1²/2 to a few percent, in float32 too",
@@ -1026,52 +1037,40 @@ def test_aggregate_sequence_is_the_mean_of_row_means(s):
     close(contract.aggregate(s.dense("losses"), s.mask(), "sequence"), sum(means) / len(means))
 
 
-def in_parts(s: Sequences, how: str, size: int, factor: Tensor) -> Tensor:
-    """The sum over micro-batches of `size` rows, each divided by the whole's count; losses are factor · x²."""
-    rows = list(range(len(s.lengths)))
-    count = sum(s.lengths) if how == "token" else len(rows)
-    parts = [s[rows[i : i + size]] for i in range(0, len(rows), size)]
-    return sum(
-        contract.aggregate(factor * part.dense("losses").square(), part.mask(), how, normalizer=count)
-        for part in parts
-    )  # fmt: skip
+def in_parts(s: Sequences, size: int, factor: Tensor, share: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The sum of the shares of micro-batches of `size` rows; losses are factor · x²."""
+    parts = [s[rows] for rows in torch.arange(len(s.lengths)).split(size)]
+    return sum(share(factor * part.dense("losses").square(), part.mask()) for part in parts)
 
 
-def check_parts(s: Sequences, how: str, size: int) -> None:
-    close(in_parts(s, how, size, torch.ones(1)), contract.aggregate(s.dense("losses").square(), s.mask(), how))
-
-
-def check_gradient_of_parts(s: Sequences, how: str, size: int) -> None:
-    rows, squares = [sum(x * x for x in row) for row in s.losses], sum(x * x for row in s.losses for x in row)
-    means = [total / n for total, n in zip(rows, s.lengths)]
-    (gradient,) = gradients(lambda factor: in_parts(s, how, size, factor), torch.ones(1, dtype=torch.float64))
-    close(gradient, [squares / sum(s.lengths) if how == "token" else sum(means) / len(means)])
-
-
-many, sizes = sequences("losses", rows=5), st.integers(1, 3)
+many, sizes, one = sequences("losses", rows=5), st.integers(1, 3), torch.ones(1, dtype=torch.float64)
 PARTS = "D20: micro-batches and processes must not change a step"
 
 
-@law('"token": parts of a minibatch, divided by the count of its tokens, add up to the whole', PARTS, "aggregate",
-     s=many, size=sizes)  # fmt: skip
-def test_aggregate_token_of_parts_adds_up_to_the_whole(s, size):
-    check_parts(s, "token", size)
+for how in ("token", "sequence"):
+
+    def share(s: Sequences, how: str = how) -> Callable[[Tensor, Tensor], Tensor]:
+        count = sum(s.lengths) if how == "token" else len(s.lengths)
+        return lambda losses, mask: contract.aggregate(losses, mask, how, normalizer=count)
+
+    @law(f'"{how}": parts of a minibatch, divided by its count of {how}s, add up to the whole', PARTS, "aggregate",
+         called=f"test_aggregate_{how}_of_parts_adds_up_to_the_whole", s=many, size=sizes)  # fmt: skip
+    def _(s, size, how=how, share=share):
+        close(in_parts(s, size, one, share(s)), contract.aggregate(s.dense("losses").square(), s.mask(), how))
+
+    @law(f'"{how}": gradients of the parts add up to that of the whole', PARTS, "aggregate",
+         called=f"test_aggregate_{how}_gradient_of_parts_is_that_of_the_whole", s=many, size=sizes)  # fmt: skip
+    def _(s, size, how=how, share=share):
+        weights = [1 / sum(s.lengths) if how == "token" else 1 / n / len(s.lengths) for n in s.lengths]
+        (found,) = gradients(lambda factor: in_parts(s, size, factor, share(s)), one)
+        close(found, [sum(weight * x * x for row, weight in zip(s.losses, weights) for x in row)])
 
 
-@law('"sequence": parts of a minibatch, divided by the count of its rows, add up to the whole', PARTS, "aggregate",
-     s=many, size=sizes)  # fmt: skip
-def test_aggregate_sequence_of_parts_adds_up_to_the_whole(s, size):
-    check_parts(s, "sequence", size)
-
-
-@law('"token": gradients of the parts add up to that of the whole', PARTS, "aggregate", s=many, size=sizes)
-def test_aggregate_token_gradient_of_parts_is_that_of_the_whole(s, size):
-    check_gradient_of_parts(s, "token", size)
-
-
-@law('"sequence": gradients of the parts add up to that of the whole', PARTS, "aggregate", s=many, size=sizes)
-def test_aggregate_sequence_gradient_of_parts_is_that_of_the_whole(s, size):
-    check_gradient_of_parts(s, "sequence", size)
+@law("the loss of a minibatch is the same however it is cut into micro-batches", PARTS, "minibatch_share", s=many,
+     size=sizes)  # fmt: skip
+def test_micro_batches_change_no_loss(s, size):
+    share = lambda losses, mask: contract.minibatch_share(losses, mask, s.mask())  # noqa: E731
+    close(in_parts(s, size, one, share), in_parts(s, len(s.lengths), one, share))
 
 
 @law("a pair's loss is −log of the probability the Bradley–Terry model gives to the choice made", "[5] section 3.4",
@@ -1080,6 +1079,16 @@ def test_preference_loss_is_bradley_terry(pairs):
     chosen, rejected = torch.tensor(pairs, dtype=torch.float64).T
     losses = [-math.log(math.exp(c) / (math.exp(c) + math.exp(r))) for c, r in pairs]
     close(contract.preference_loss(chosen, rejected), sum(losses) / len(losses))
+
+
+@law("a pair's loss compares two texts of any length at their last tokens; other tokens and padding play no part",
+     "[5] section 3.4; D8", "pair_loss", texts=st.lists(st.tuples(*[st.lists(numbers(), min_size=1, max_size=4)] * 2),
+     min_size=1, max_size=4))  # fmt: skip
+def test_pair_loss_is_that_of_the_last_tokens(texts):
+    sides = list(zip(*texts))
+    outputs, lengths = [padded(side, 5, 2.5) for side in sides], [torch.tensor([*map(len, side)]) for side in sides]
+    losses = [math.log1p(math.exp(rejected[-1] - chosen[-1])) for chosen, rejected in texts]
+    close(contract.pair_loss(*outputs, *lengths), sum(losses) / len(losses))
 
 
 @law("weights of pairs make the loss their weighted sum", "[8] section 3.5: the pairs of a prompt share its weight",
@@ -1187,24 +1196,19 @@ NUMBERS = "numbers outside the mask, and more padding, change nothing"
 SPOILED = "NaN and infinity outside the mask change nothing"
 
 
-def padding_law(title: str, s: st.SearchStrategy, *names: str, nan: bool) -> tuple[str, Callable[[], None]]:
-    def test(s: Sequences, junk: float, extra: int) -> None:
-        look = lambda name: check_masked(name, s, junk, extra)  # noqa: E731
-        look(*names) if len(names) == 1 else for_each(names, look)
+for title, s, *names in (  # test_gae_ignores_numbers_outside_the_mask, test_gae_ignores_nan_outside_the_mask, ...
+    ("masked_mean", column, "masked_mean"), ("whiten", spread, "whiten", "whiten unshifted"),
+    ("token_rewards", scored, "token_rewards"), ("gae", episodes, "gae"),
+    ("aggregate_token", losses, "aggregate token"), ("aggregate_sequence", losses, "aggregate sequence"),
+):  # fmt: skip
+    for nan in (False, True):
 
-    test.__name__ = f"test_{title}_ignores_{'nan' if nan else 'numbers'}_outside_the_mask"
-    drawn, statement = {"s": s, "junk": spoiled if nan else finite, "extra": more}, SPOILED if nan else NUMBERS
-    return test.__name__, law(statement, OUTSIDE, names[0].split()[0], hardening=nan, **drawn)(test)
-
-
-for nan in (False, True):  # test_gae_ignores_numbers_outside_the_mask, test_gae_ignores_nan_outside_the_mask, ...
-    globals().update([
-        padding_law("masked_mean", column, "masked_mean", nan=nan),
-        padding_law("whiten", spread, "whiten", "whiten unshifted", nan=nan),
-        padding_law("token_rewards", scored, "token_rewards", nan=nan), padding_law("gae", episodes, "gae", nan=nan),
-        padding_law("aggregate_token", losses, "aggregate token", nan=nan),
-        padding_law("aggregate_sequence", losses, "aggregate sequence", nan=nan),
-    ])  # fmt: skip
+        @law(SPOILED if nan else NUMBERS, OUTSIDE, names[0].split()[0], hardening=nan, s=s, extra=more,
+             junk=spoiled if nan else finite,
+             called=f"test_{title}_ignores_{'nan' if nan else 'numbers'}_outside_the_mask")  # fmt: skip
+        def _(s, junk, extra, names=names):
+            look = lambda name: check_masked(name, s, junk, extra)  # noqa: E731
+            look(*names) if len(names) == 1 else for_each(names, look)
 
 
 @law("a loss over NaN in its padding has a finite gradient, and none there", "contract: NaN passes through where()",
@@ -6484,6 +6488,10 @@ MUTANTS = [
     Mutant("the response mask stops before EOS", "test_response_mask_ends_with_the_first_eos", "eos_before == 0", "is_eos.cumsum(1) == 0"),
     Mutant("a response without EOS is masked out", "test_response_mask_ends_with_the_first_eos", "is_eos.cumsum(1) - is_eos.long()", "is_eos.cumsum(1) - 1"),
     Mutant("the mask restarts after EOS", "test_response_mask_ignores_tokens_after_eos", "return eos_before == 0", "return (eos_before == 0) | ~is_eos & (eos_before > 1)"),
+    Mutant("the score is read before the first pad, which is EOS", "test_the_score_is_read_at_the_first_eos", "response_mask(responses, eos_id).sum(1) - 1", "(responses != eos_id).sum(1) - 1"),
+    Mutant("without EOS the score is read at the start", "test_the_score_is_read_at_the_first_eos", "response_mask(responses, eos_id).sum(1) - 1", "(responses == eos_id).int().argmax(1)"),
+    Mutant("positions begin with 1", "test_left_padding_moves_no_position", "(mask.cumsum(1) - 1).clamp(min=0)", "mask.cumsum(1)"),
+    Mutant("padding has position −1", "test_left_padding_moves_no_position", "(mask.cumsum(1) - 1).clamp(min=0)", "mask.cumsum(1) - 1"),
     Mutant("length masks are one too long", "test_length_mask_is_true_on_the_first_slots", "device=lengths.device) < lengths[:, None]", "device=lengths.device) <= lengths[:, None]"),
     Mutant("a missing EOS lowers the score", "test_missing_eos_replaces_the_score", "torch.full_like(scores, value))", "scores + value)"),
     Mutant("the EOS penalty hits finished responses", "test_missing_eos_replaces_the_score", "torch.where(has_eos, scores", "torch.where(~has_eos, scores"),
@@ -6514,6 +6522,8 @@ MUTANTS = [
     Mutant("k3 takes the mean ratio for 1", "test_kl_estimate_k3_has_its_gradient", "torch.expm1(-k1) + k1", "torch.expm1(-k1.detach()) + k1"),
     Mutant("k1 is detached from one side", "test_kl_estimate_k1_has_its_gradient", "return k1\n", "return k1 + k1.exp() - k1.exp().detach()\n"),
     Mutant("k2 is an absolute value", "test_kl_estimate_k2_is_schulmans", "k1.square() / 2 if", "-k1.abs() if"),
+    Mutant("k1 is what stands in the loss", "test_kl_in_the_loss_has_a_gradient", 'kind: str = "k2"', 'kind: str = "k1"'),
+    Mutant("the price of KL is squared", "test_kl_in_the_loss_has_a_gradient", "return kl_coef * kl_estimate(logprobs", "return kl_coef**2 * kl_estimate(logprobs"),
     Mutant("the score lands in the last column", "test_token_rewards_ignores_numbers_outside_the_mask", "last = mask.sum(1, keepdim=True) - 1", "last = torch.full_like(mask.sum(1, keepdim=True), mask.shape[1] - 1)"),
     Mutant("the score lands one slot after EOS", "test_score_is_paid_to_the_last_response_token", "last = mask.sum(1, keepdim=True) - 1", "last = mask.sum(1, keepdim=True).clamp(max=mask.shape[1] - 1)"),
     Mutant("the score is paid on every token", "test_score_is_paid_to_the_last_response_token", "penalties.scatter_add(1, last, scores[:, None].to(penalties.dtype))", "penalties + scores[:, None]"),
@@ -6551,10 +6561,15 @@ MUTANTS = [
     Mutant("values are clipped from above only", "test_value_loss_is_the_worse_of_clipped_and_unclipped", "clamp(-cliprange_value, cliprange_value)", "clamp(max=cliprange_value)"),
     Mutant("aggregate ignores the count it is given", "test_aggregate_token_of_parts_adds_up_to_the_whole", "(mask.sum() if normalizer is None else normalizer)", "mask.sum()"),
     Mutant("aggregate ignores the count of rows", "test_aggregate_sequence_of_parts_adds_up_to_the_whole", "(len(rows) if normalizer is None else normalizer)", "len(rows)"),
+    Mutant("the loss is a mean of micro-batches' means", "test_micro_batches_change_no_loss", '{"token": whole.sum(),', '{"token": mask.sum() * len(whole) / len(mask),'),
+    Mutant("the loss is a sum over micro-batches", "test_micro_batches_change_no_loss", '{"token": whole.sum(),', '{"token": mask.sum(),'),
     Mutant("sequence means divide by the width", "test_aggregate_sequence_is_the_mean_of_row_means", "losses.sum(1) / mask.sum(1)", "losses.mean(1)"),
     Mutant("sequence means are sums", "test_aggregate_sequence_is_the_mean_of_row_means", "losses.sum(1) / mask.sum(1)", "losses.sum(1)"),
     Mutant("aggregate multiplies by the mask", "test_aggregate_token_ignores_nan_outside_the_mask", "losses = losses.masked_fill(~mask, 0)", "losses = losses * mask"),
     Mutant("the preferred text is pushed down", "test_preference_loss_is_bradley_terry", "F.logsigmoid(chosen - rejected)", "F.logsigmoid(rejected - chosen)"),
+    Mutant("a pair is compared where the chosen text ends", "test_pair_loss_is_that_of_the_last_tokens", "at_last(rejected, n_rejected)", "at_last(rejected, n_chosen)"),
+    Mutant("a pair is compared in the last column", "test_pair_loss_is_that_of_the_last_tokens", "at_last(chosen, n_chosen), at_last(rejected, n_rejected)", "chosen[:, -1], rejected[:, -1]"),
+    Mutant("a pair is compared token by token, padding too", "test_pair_loss_is_that_of_the_last_tokens", "preference_loss(at_last(chosen, n_chosen), at_last(rejected, n_rejected), weights)", "preference_loss(chosen, rejected)"),
     Mutant("the preference loss overflows", "test_preference_loss_is_stable", "F.logsigmoid(chosen - rejected)", "torch.sigmoid(chosen - rejected).log()"),
     Mutant("the preference loss regularises the scores", "test_preference_loss_is_bradley_terry", "losses = -F.logsigmoid(chosen - rejected)\n", "losses = -F.logsigmoid(chosen - rejected) + chosen.square()\n"),
     Mutant("rewards skip KL for the first token", "test_gradient_is_unbiased_with_any_baseline", "(-kl_coef * kl).masked_fill(~mask, 0)", "(-kl_coef * kl).masked_fill(~mask, 0) * (torch.arange(kl.shape[1]) > 0)"),
@@ -6610,7 +6625,7 @@ MUTANTS = [
     Mutant("articles are read as posts", "test_both_forms_of_the_data_are_read", 'if "article" in info and "post" not in info:', "if False:"),
     Mutant("broken records pass in silence", "test_broken_records_are_counted_or_refused", "refuse(bad > TOLERATED * (bad + len(records)),", "refuse(False,"),
     Mutant("broken records are not reported", "test_broken_records_are_counted_or_refused", 'unusable += [f"line {number}: {error}"] if bad <= 3 else []', "bad -= 1"),
-    Mutant("log-probabilities come one position late", "test_response_logprobs_are_the_plain_models", "index = start - 1 + torch.arange", "index = start + torch.arange"),
+    Mutant("log-probabilities come one position late", "test_response_logprobs_are_the_plain_models", "torch.cat([before, place[:, :-1]], dim=1)", "torch.cat([before + 1, place[:, 1:]], dim=1)"),
     Mutant("ROUGE-L is recall", "test_rouge_l_is_the_f1_of_the_longest_common_subsequence", "2 * row[-1] / max(1, len(a) + len(b))", "row[-1] / max(1, len(b))"),
     Mutant("the labeler pays for words that fit every post", "test_the_labeler_judges_the_post_not_the_style", "max(0.0, math.log(0.1", "max(1.0, math.log(0.1"),
     Mutant("near-duplicates stay in the corpus", "test_the_corpus_has_no_near_duplicates", "if not keys & seen:", "if not keys <= seen:"),
@@ -6621,8 +6636,8 @@ MUTANTS = [
     Mutant("equal texts are a pair", "test_what_fits_is_kept_whole", "<= limit and a != b for", "<= limit for"),
     Mutant("half a sentence is a good summary", "test_the_corpus_has_no_near_duplicates", ' and summary[-1] == "."', ""),
     # models
-    Mutant("the score is read before EOS", "test_values_are_read_before_and_scores_at_each_token", "index, start - 1 + lengths[:, None],", "index, start - 2 + lengths[:, None],"),
-    Mutant("the score is read in the last column", "test_padding_changes_no_logprob_value_or_score", "index, start - 1 + lengths[:, None],", "index, torch.full_like(start, W - 1),"),
+    Mutant("the score is read before EOS", "test_values_are_read_before_and_scores_at_each_token", "return self(layout, layout.place)", "return self(layout, layout.place - 1)"),
+    Mutant("the score is read in the last column", "test_padding_changes_no_logprob_value_or_score", "return at_last(self.outputs(layout), layout.mask.sum(1))", "return self.outputs(layout)[:, -1]"),
     Mutant("values see the action they judge", "test_values_are_read_before_and_scores_at_each_token", "return self(layout, layout.index)", 'return self(layout, (layout.index + 1).clamp(max=layout.inputs["input_ids"].shape[1] - 1))'),
     Mutant("padding attends as text", "test_ids_in_padding_do_not_matter", ".last_hidden_state[layout.row, index]", ".last_hidden_state\n        hidden = (hidden + hidden.mean(1, keepdim=True))[layout.row, index]"),
     Mutant("centring adds the mean", "test_centring_is_idempotent", "self.bias.sub_(mean_score)", "self.bias.add_(mean_score)"),
@@ -6632,19 +6647,19 @@ MUTANTS = [
     Mutant("the reward head starts too small", "test_reward_head_starts_with_the_papers_spread", "/ math.sqrt(head.weight.shape[1] + 1)", "/ (head.weight.shape[1] + 1)"),
     Mutant("dropout is on", "test_models_load_without_dropout_in_float32", "model.eval(), model.config.get_text_config()", "model.train(), model.config.get_text_config()"),
     Mutant("weights keep the checkpoint's precision", "test_models_load_without_dropout_in_float32", '{"dtype": torch.float32, "output', '{"dtype": "auto", "output'),
-    Mutant("positions count padding", "test_sampling_does_not_depend_on_the_batch", "positions = (attention.cumsum(1) - 1).clamp(min=0)", "positions = torch.arange(Q).expand_as(tokens)"),
+    Mutant("positions count padding", "test_sampling_does_not_depend_on_the_batch", "position_ids = positions(attention)", "position_ids = torch.arange(Q).expand_as(tokens)"),
     Mutant("the sampler attends to padding", "test_sampling_does_not_depend_on_the_batch", "[[0] * (Q - len(q)) + [1] * len(q) for q in queries]", "[[1] * Q for q in queries]"),
     Mutant("the sampler ignores the temperature", "test_sampling_frequencies_are_the_tempered_softmax", "(logits.float() / temperature).softmax", "logits.float().softmax"),
     Mutant("the sampler leaves out rare tokens", "test_rollout_distribution_is_the_scored_distribution", ".softmax(-1).cumsum(-1)", ".softmax(-1).pow(1.2).cumsum(-1)"),
     Mutant("noise 0 draws an impossible token", "test_impossible_tokens_are_never_sampled", "right=True)", "right=False)"),
-    Mutant("responses go on after EOS", "test_sampled_responses_end_with_eos_or_are_full", "[response[:length] for response, length in zip(responses.tolist(), lengths)]", "responses.tolist()"),
+    Mutant("responses go on after EOS", "test_sampled_responses_end_with_eos_or_are_full", "[response[: i + 1] for response, i in zip(responses.tolist(), last)]", "responses.tolist()"),
     Mutant("probabilities are summed with eight bits", "test_bfloat16_loses_no_rare_tokens", "(logits.float() / temperature).softmax", "(logits.bfloat16() / temperature).softmax"),
     Mutant("new weights do not depend on the seed", "test_a_seed_decides_everything", 'rng(seed, "small model", i)', 'rng(0, "small model", i)'),
     # stages
     Mutant("the value loss has full weight", "test_ppo_loss_adds_up", "config.vf_coef * share(value_losses)", "share(value_losses)"),
     Mutant("approxkl lacks its half", "test_ppo_loss_adds_up", "token_mean(log_ratio.square() / 2)", "token_mean(log_ratio.square())"),
     Mutant("clipfrac counts ratios, not clips", "test_ppo_loss_adds_up", "(policy_losses > unclipped)", "(log_ratio.abs() > config.cliprange)"),
-    Mutant("each micro-batch divides by its own tokens", "test_ppo_micro_batches_do_not_change_the_step", "tokens = whole.mask.sum()", "tokens = part.mask.sum()"),
+    Mutant("each micro-batch divides by its own tokens", "test_ppo_micro_batches_do_not_change_the_step", "token_mean = partial(minibatch_share, mask=part.mask, whole=whole.mask)", "token_mean = partial(minibatch_share, mask=part.mask, whole=part.mask)"),
     Mutant("SFT divides by the micro-batch's tokens", "test_sft_micro_batches_do_not_change_the_step", 'of_query, "token", whole.response_tokens)', 'of_query, "token", part.response_tokens)'),
     Mutant("reward losses of micro-batches are not shares", "test_reward_micro_batches_do_not_change_the_step", "weights, device=scores.device) / len(whole)", "weights, device=scores.device) / len(part)"),
     Mutant("SFT does not learn EOS", "test_sft_loss_is_over_response_tokens_and_eos", "losses, layout.mask & ~of_query,", "losses, F.pad(layout.mask, (0, 1))[:, 1:] & ~of_query,"),
@@ -6706,7 +6721,7 @@ MUTANTS = [
     Mutant("the longest summary is left out", "test_what_fits_is_kept_whole", "len(response) <= limit for p,", "len(response) < limit for p,"),
     Mutant("the judge reads the test posts", "test_the_labeler_reads_training_posts_only", 'labeler, warm = Labeler(read_posts(run, "train")),', "labeler, warm = Labeler(posts),"),
     Mutant("the shared head does not train the trunk", "test_only_a_shared_value_head_trains_the_policy", "value_model(hidden) if", "value_model(hidden.detach()) if"),
-    Mutant("the margin is rejected minus chosen", "test_the_reward_models_margin_is_chosen_minus_rejected", '"margin": ((better - worse)', '"margin": ((worse - better)'),
+    Mutant("the margin is rejected minus chosen", "test_the_reward_models_margin_is_chosen_minus_rejected", '"margin": ((scores[better] - scores[worse])', '"margin": ((scores[worse] - scores[better])'),
     Mutant("comparisons need no room", "test_room_is_needed_for_responses_and_comparisons", "response = max(data.response_tokens, data.comparison_tokens)", "response = data.response_tokens"),
     Mutant("a rule sees the post's fields only", "test_a_rule_replaces_the_reward_model", "rule(post.post, text, copy.deepcopy(post.record))", "rule(post.post, text, post.fields())"),
     Mutant("a rule judges another post's response", "test_a_rule_replaces_the_reward_model", "asked, prompts = [posts[i] for i in picked],", "asked, prompts = posts,"),
@@ -6734,10 +6749,10 @@ MUTANTS = [
     Mutant("one process computes a group less", "test_work_is_dealt_once", "math.ceil(len(groups) / self.world) - len(mine)", "0 if mine else 1"),
     Mutant("logs are not cut", "test_a_checkpoint_restores_what_steps_change", 'os.truncate(self.folder / log, max(0, min((self.folder / log).stat().st_size, size)))', "pass"),
     Mutant("with one-token queries SFT's loss is NaN", "test_sft_loss_is_over_response_tokens_and_eos", "query_tokens = max(1, sum(len(query) - 1 for query in whole.queries))", "query_tokens = sum(len(query) - 1 for query in whole.queries)"),
-    Mutant("statistics follow the loss's average", "test_ppo_loss_adds_up", 'partial(aggregate, mask=part.mask, how="token", normalizer=tokens)', "share"),
+    Mutant("statistics follow the loss's average", "test_ppo_loss_adds_up", 'partial(minibatch_share, mask=part.mask, whole=whole.mask)  #', 'partial(minibatch_share, mask=part.mask, whole=whole.mask, average=config.average, room=whole.room)  #'),
     Mutant("both clip ranges are one", "test_ppo_loss_adds_up", "part.returns, config.cliprange_value)", "part.returns, config.cliprange)"),
     Mutant("the mean |log ratio| has lost its bars", "test_ppo_loss_adds_up", "token_mean(log_ratio.abs())", "token_mean(log_ratio)"),
-    Mutant("KL in the loss has no gradient", "test_kl_in_the_loss_adds_its_price", "share(kl_estimate(logprobs, part.ref", "share(kl_estimate(logprobs.detach(), part.ref"),
+    Mutant("KL in the loss has no gradient", "test_kl_in_the_loss_adds_its_price", "share(kl_loss(logprobs, part.ref", "share(kl_loss(logprobs.detach(), part.ref"),
     Mutant("the KL estimator does nothing in the reward", "test_rewards_follow_the_flags", "rollout.ref_logprobs, config.kl_kind)", 'rollout.ref_logprobs, "k1")'),
     Mutant("an infinite gradient is stepped on", "test_non_finite_losses_stop_before_the_step", 'for name in ("loss", "grad_norm"):', 'for name in ("loss",):'),
     Mutant("only the first group's rate falls", "test_schedules_rise_and_fall", 'for group in optimizer.param_groups:\n        group["lr"]', 'for group in optimizer.param_groups[:1]:\n        group["lr"]'),
@@ -6795,10 +6810,10 @@ MUTANTS = [
     Mutant("everything sees the padding behind it", "test_a_shared_query_changes_no_logprob_value_or_score", "dtype=torch.bool, device=device).tril()", "dtype=torch.bool, device=device).tril() | (owner[:, None] < 0)"),
     Mutant("positions run on through the row", "test_a_shared_query_changes_no_logprob_value_or_score", "positions[r] += range(len(query), len(query) + len(response))", "positions[r] += range(len(tokens[r]) - len(response), len(tokens[r]))"),
     Mutant("positions skip the query's last", "test_a_shared_query_changes_no_logprob_value_or_score", "positions[r] += range(len(query), len(query)", "positions[r] += range(len(query) + 1, 1 + len(query)"),
-    Mutant("a first token is read behind its sibling", "test_a_shared_query_changes_no_logprob_value_or_score", "index = torch.cat([before, index[:, 1:]], dim=1)", "index = index"),
+    Mutant("a first token is read behind its sibling", "test_a_shared_query_changes_no_logprob_value_or_score", "torch.cat([before, place[:, :-1]], dim=1)", "place - 1"),
     Mutant("siblings stand in the first one's row", "test_a_shared_query_changes_no_logprob_value_or_score", "row.append([r])", "row.append([r if owner == 1 else max(r - 1, 0)])"),
     Mutant("the order of siblings matters", "test_siblings_may_stand_in_any_order", "(owner[:, None] == 0) | (owner[:, None] == owner[:, :, None])", "(owner[:, None] == 0) | (owner[:, None] >= owner[:, :, None] - 1)"),
-    Mutant("micro-batches of groups are wholes of their own", "test_a_shared_query_changes_no_gradient", "tokens = whole.mask.sum()", "tokens = part.mask.sum() * len(part.batch.groups())"),
+    Mutant("micro-batches of groups are wholes of their own", "test_a_shared_query_changes_no_gradient", "token_mean = partial(minibatch_share, mask=part.mask, whole=whole.mask)", "token_mean = partial(minibatch_share, mask=part.mask, whole=part.mask.repeat(len(part.batch.groups()), 1))"),
     Mutant("the cache is the first query's", "test_a_shared_query_changes_no_sample", "cache.batch_select_indices(of)", "cache.batch_select_indices(torch.zeros_like(of))"),
     Mutant("cache rows come in another order", "test_a_shared_query_changes_no_sample", "cache.batch_select_indices(of)", "cache.batch_select_indices(of.flip(0))"),
     Mutant("responses go to queries in turn", "test_a_shared_query_changes_no_sample", "of = torch.tensor([r for r, group in enumerate(groups) for _ in group], device=device)", "of = torch.arange(len(batch), device=device) % len(groups)"),
@@ -6843,7 +6858,7 @@ MUTANTS = [
     Mutant("the penalty is on KL(π ‖ π_old)", "test_objectives_are_what_they_are_called", 'kl_estimate(part.logprobs, logprobs, "k3")', 'kl_estimate(logprobs, part.logprobs, "k3")'),
     Mutant("adaptive pays nothing", "test_objectives_are_what_they_are_called", 'if config.objective in ("penalty", "adaptive"):', 'if config.objective == "penalty":'),
     Mutant("the optimizer moves a constrained policy", "test_objectives_are_what_they_are_called", 'return 0.0 if self.objective == "constraint" else self.lr', "return self.lr"),
-    Mutant("the constant is the longest response", "test_a_constant_average_divides_by_the_room", "len(whole) * whole.room", "len(whole) * whole.mask.shape[1]"),
+    Mutant("the constant is the longest response", "test_a_constant_average_divides_by_the_room", "len(whole) * room}", "whole.numel()}"),
     Mutant("nobody says how much room there is", "test_every_member_of_the_family_runs", "room=T, shown=shown)", "shown=shown)"),
     Mutant("demonstrations have a price of 1", "test_demonstrations_add_their_loss", "config.ptx_coef * language_model_losses", "1.0 * language_model_losses"),
     Mutant("demonstrations of micro-batches are wholes", "test_demonstrations_add_their_loss", "part.shown, whole.shown)", "part.shown, part.shown)"),
