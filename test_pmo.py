@@ -1495,6 +1495,7 @@ import io
 import itertools
 import re
 import shutil
+import socket
 import statistics
 import subprocess
 import tempfile
@@ -3513,6 +3514,77 @@ def program(*flags: object, cwd: Path | None = None, columns: int = 120) -> subp
     return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd or workshop(), env=offline)
 
 
+def told(*flags: object) -> tuple[int, str]:
+    """The same in this process: its exit code, and what it says of an error."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), pytest.raises(SystemExit) as end:
+        patch.chdir(workshop())
+        patch.setenv("COLUMNS", "120")
+        patch.setattr(sys, "argv", ["pmo.py", *map(str, flags)])
+        impl.main()
+    return end.value.code, said.getvalue()
+
+
+# Most of a tiny program's time is spent on importing torch and transformers. One process does it once, and forks.
+FORKS = """
+import json, os, runpy, signal, sys
+import torch, torch.distributed.fsdp, tqdm, transformers, tyro
+from transformers.models.gpt_neox import modeling_gpt_neox
+transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification, transformers.AutoTokenizer
+for line in sys.stdin:
+    command, folder, environments, said = json.loads(line)
+    running, codes = set(), []
+    for environment in environments:
+        if child := os.fork():
+            running.add(child)
+        else:
+            break
+    else:
+        while running:
+            child, status = os.wait()
+            running.remove(child)
+            codes.append(os.waitstatus_to_exitcode(status))
+            for other in running if codes[-1] else ():  # as torchrun does
+                os.kill(other, signal.SIGKILL)
+        print(json.dumps(codes), flush=True)
+        continue
+    break
+else:
+    sys.exit()
+signal.alarm(300)
+for descriptor, path in enumerate((os.devnull, *said)):
+    os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), descriptor)
+os.chdir(folder)
+os.environ.update(environment)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+sys.argv, sys.path[0] = command, os.path.dirname(command[0])
+runpy.run_path(command[0], run_name="__main__")
+"""
+
+
+@functools.cache
+def forks() -> subprocess.Popen:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", FORKS], **pipes, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+
+def forked(source: str, *arguments: object, processes: int = 0) -> subprocess.CompletedProcess:
+    """This source as a program of its own, or as several processes, with the variables that torchrun gives them."""
+    folder = Path(tempfile.mkdtemp(dir=workshop()))
+    (folder / "program.py").write_text(source)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    shared |= {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    ranks = [{"RANK": str(i), "LOCAL_RANK": str(i)} | shared for i in range(processes)]
+    command, said = [str(folder / "program.py"), *map(str, arguments)], [str(folder / "out"), str(folder / "err")]
+    request = [command, str(workshop()), ranks or [{"COLUMNS": "120"}], said]
+    print(json.dumps(request), file=forks().stdin, flush=True)
+    codes = json.loads(forks().stdout.readline())
+    code, (out, err) = next(filter(None, codes), 0), [Path(path).read_text() for path in said]
+    return subprocess.CompletedProcess(command, code, out, err)
+
+
 def asked_for(*flags: object):
     """The config that the program starts with these flags."""
     started: list = []
@@ -3719,19 +3791,17 @@ def test_bad_input_gives_one_line_and_exit_code_2():
     }
     for name, (flags, culprit) in cases.items():
         before = sorted(path.name for path in finished_run().rglob("*"))
-        result = program("--folder", here / "errors" / name, *flags)
-        said = result.stderr
-        assert result.returncode == 2, f"{name}: exit code {result.returncode}\n{said}"
+        code, said = told("--folder", here / "errors" / name, *flags)
+        assert code == 2, f"{name}: exit code {code}\n{said}"
         assert "Traceback" not in said and culprit in said, f"{name}:\n{said}"
         if name not in ("contradiction", "unknown flag"):  # tyro draws a box around those
             assert len(said.strip().splitlines()) == 1, f"{name}: more than one line\n{said}"
         assert sorted(path.name for path in finished_run().rglob("*")) == before
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", ["pmo.py", "--folder", str(here / "full")])
+    result = program("--folder", here / "errors" / "process", *flags)
+    assert (result.returncode, result.stderr) == (code, said), "a process of its own says something else"
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(impl, "write_json", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        impl.main()
-    assert end.value.code == 2 and said.getvalue() == "pmo: [Errno 28] No space left on device\n"
+        assert told("--folder", here / "full") == (2, "pmo: [Errno 28] No space left on device\n")
 
 
 @law(
@@ -4380,9 +4450,7 @@ pmo.main()
 def killed(where: str, count: int, *flags: object) -> subprocess.CompletedProcess:
     """The program with these flags, killed at the count-th call of some function (0: not at all)."""
     source = Path(impl.__file__).resolve()
-    command = [sys.executable, "-c", KILLER, where, str(count), str(source.parent), source.stem, *map(str, flags)]
-    offline = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=workshop(), env=offline)
+    return forked(KILLER, where, count, source.parent, source.stem, *flags)
 
 
 def same_run(one: Path, other: Path) -> None:
@@ -4610,14 +4678,18 @@ def test_files_are_on_the_disk_before_they_get_their_names():
 
 
 def on_processes(processes: int, where: str, count: int, *flags: object) -> subprocess.CompletedProcess:
-    """The same as `killed`, with torchrun."""
-    (workshop() / "killer.py").write_text(KILLER)
+    """The same as `killed`, on several processes."""
     source = Path(impl.__file__).resolve()
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    killer = [str(workshop() / "killer.py"), where, str(count), str(source.parent), source.stem]
+    return forked(KILLER, where, count, source.parent, source.stem, *flags, processes=processes)
+
+
+def with_torchrun(source: str, *flags: object) -> subprocess.CompletedProcess:
+    """This source on two processes, as a user starts them."""
+    (workshop() / "launched.py").write_text(source)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     calm = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     options = {"capture_output": True, "text": True, "timeout": 300, "cwd": workshop(), "env": calm}
-    return subprocess.run([*launcher, *killer, *map(str, flags)], **options)
+    return subprocess.run([*launcher, str(workshop() / "launched.py"), *map(str, flags)], **options)
 
 
 def agrees_with(one: Path, many: Path, tolerance: float = 1e-4) -> None:
@@ -4649,7 +4721,7 @@ def test_many_processes_give_the_run_of_one():
     agrees_with(runs / "one process", runs / "two processes")
     sharded = replace(config, folder=runs / "sharded", compute=replace(small, shard=True))
     result = on_processes(2, "rollout", 3, *flags_of(sharded))
-    assert "Signal 9" in result.stderr and not (runs / "sharded" / "ppo").exists(), result.stderr[-3000:]
+    assert result.returncode == -9 and not (runs / "sharded" / "ppo").exists(), result.stderr[-3000:]
     result = on_processes(3, "log", 0, "--resume", runs / "sharded")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "going on after step 2 of 3" in result.stdout and "== sft" not in result.stdout
@@ -5417,12 +5489,8 @@ def test_a_terminal_that_closes_interrupts():
     "README: Many processes", *RESUME_NEEDS,
 )  # fmt: skip
 def test_of_many_processes_one_speaks():
-    (workshop() / "one_dies.py").write_text(ONE_DIES)
     source, bad = Path(impl.__file__).resolve(), workshop() / "bad.jsonl"
     bad.write_text("no JSON\n")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    launcher += [str(workshop() / "one_dies.py"), str(source.parent), source.stem]
-    calm = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     config = stage_config("one dies", "ppo")
     worse = stage_config("two read", "sft")
     worse = replace(worse, data=replace(worse.data, train=bad))
@@ -5430,12 +5498,10 @@ def test_of_many_processes_one_speaks():
         (config, f"pmo: (another process has ended|interrupted); go on with --resume {config.folder}"),
         (worse, rf"pmo: {bad}: 1 of 1 records are unusable: .*"),
     ):
-        result = subprocess.run(
-            [*launcher, *flags_of(each)], capture_output=True, text=True, timeout=300, cwd=workshop(), env=calm
-        )
+        result = with_torchrun(ONE_DIES, source.parent, source.stem, *flags_of(each))
         told = [line for line in result.stderr.splitlines() if line.startswith("pmo: ")]
         assert result.returncode != 0 and len(told) == 1 and re.fullmatch(said, told[0]), result.stderr[-3000:]
-        assert "pmo.py" not in result.stderr.replace("one_dies.py", ""), result.stderr[-3000:]
+        assert "pmo.py" not in result.stderr.replace("launched.py", ""), result.stderr[-3000:]
 
 
 # -----------------------------------------------------------------------------
@@ -6957,26 +7023,91 @@ def planted(mutant: Mutant | None):
     return module
 
 
-HOLDS_ALONE: set[str] = set()  # laws that were seen to hold for pmo as it is, with nothing made before
+# Half of the laws look at a tiny run, which a mutant must make anew, but for the stages that end before a function with
+# the bug in it is called: those it would only repeat, bit by bit [D25].
+
+
+@functools.cache
+def run_by_stages() -> tuple[Path, dict[int, int]]:
+    """The tiny run of pmo as it is: where copies of its folder lie, as each stage left it, and how many stages were
+    finished when the function that begins in a line, or stands around it, was first called."""
+    module, made, calls, finished = planted(None), Path(tempfile.mkdtemp(dir=workshop())), {}, []
+    leave, stages, own = module.Run.leave, module.Config().stages, shutil.ignore_patterns("config.json", "lock", "*.pt")
+
+    def leaving(run: object) -> None:
+        leave(run)
+        finished.append(run.stage)
+        shutil.copytree(run.folder, made / "after" / run.stage, ignore=own)
+
+    def called(frame: object, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename == impl.__file__:
+            calls.setdefault(frame.f_code.co_firstlineno, stages.index(finished[-1]) + 1 if finished else 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "impl", module)
+        patch.setattr(workshop, "folder", SimpleNamespace(name=made))
+        patch.setattr(module.Run, "leave", leaving)
+        usual = sys.getprofile()
+        sys.setprofile(called)
+        try:
+            finished_run()
+        finally:
+            sys.setprofile(usual)
+    return made / "after", calls
+
+
+@functools.cache
+def functions_of(source: str) -> list[tuple[int, int, int]]:
+    """Where the functions of a source begin, where what they do begins, and where it ends: inner ones first."""
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    first = [min([node.lineno, *(each.lineno for each in node.decorator_list)]) for node in nodes]
+    return sorted(((at, node.body[0].lineno, node.end_lineno) for at, node in zip(first, nodes)), reverse=True)
+
+
+def spared_stages(mutant: Mutant | None) -> tuple[str, ...]:
+    """The stages of the tiny run that end before any function with the bug in it is called."""
+    (_, calls), source, stages = run_by_stages(), Path(impl.__file__).read_text(encoding="utf-8"), impl.Config().stages
+    if mutant is None:
+        return stages
+    at = source.index(mutant.old)
+    first, last = (source[:place].count("\n") + 1 for place in (at, at + len(mutant.old.rstrip("\n"))))
+    around = next(((begin, end) for begin, body, end in functions_of(source) if body <= first and last <= end), None)
+    if around is None:  # whatever it is, it plays a part when the module is loaded
+        return ()
+    return stages[: min((done for line, done in calls.items() if around[0] <= line <= around[1]), default=len(stages))]
+
+
+HOLDS: dict[str, bool] = {}  # laws that hold for pmo as it is, with nothing made before, and whether they need the run
 
 
 @pmos_own
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
 def test_some_law_fails_when(mutant, monkeypatch):
-    def hold(planted_: object) -> None:
-        monkeypatch.setitem(globals(), "impl", planted_)
-        monkeypatch.setitem(sys.modules, planted_.__name__, planted_)  # where annotations are looked up
-        if hasattr(workshop, "folder"):
-            monkeypatch.delattr(workshop, "folder")  # a mutant's runs are its own
-        LAWS[mutant.law].hold(examples=300, shrink=False)
+    def hold(module: object, spared: tuple[str, ...]) -> None:
+        introduce = module.Run.introduce
+
+        def further(run: object) -> None:
+            if run.folder == workshop() / "runs" / "whole" and spared:
+                shutil.copytree(run_by_stages()[0] / spared[-1], run.folder, dirs_exist_ok=True)
+                run.progress["finished"] = list(spared)
+            introduce(run)
+
+        monkeypatch.setattr(module.Run, "introduce", further)
+        monkeypatch.setitem(globals(), "impl", module)
+        monkeypatch.setitem(sys.modules, module.__name__, module)  # where annotations are looked up
+        monkeypatch.setattr(workshop, "folder", tempfile.TemporaryDirectory(), raising=False)  # its runs are its own
+        if HOLDS.get(mutant.law):
+            finished_run()  # before the law begins to watch
+        LAWS[mutant.law].hold(shrink=False)
 
     broken = planted(mutant)
-    if mutant.law not in HOLDS_ALONE:  # or its failing would prove nothing
-        hold(planted(None))
-        HOLDS_ALONE.add(mutant.law)
+    # What fails without the bug, too, would prove nothing. (A contract's law looks at no run, so its own test says it.)
+    if mutant.law not in {**contracts_laws(), **HOLDS}:
+        hold(planted(None), spared_stages(None))
+        HOLDS[mutant.law] = (workshop() / "runs" / "whole").exists()
     # A law fails, or the mutant refuses what is right; a crash would prove nothing.
     with pytest.raises((AssertionError, pytest.fail.Exception, broken.InputError)):
-        hold(broken)
+        hold(broken, spared_stages(mutant) if HOLDS.get(mutant.law) else ())
 
 
 # -----------------------------------------------------------------------------
