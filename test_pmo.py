@@ -7032,12 +7032,13 @@ def run_by_stages() -> tuple[Path, dict[int, int]]:
     """The tiny run of pmo as it is: where copies of its folder lie, as each stage left it, and how many stages were
     finished when the function that begins in a line, or stands around it, was first called."""
     module, made, calls, finished = planted(None), Path(tempfile.mkdtemp(dir=workshop())), {}, []
-    leave, stages, own = module.Run.leave, module.Config().stages, shutil.ignore_patterns("config.json", "lock", "*.pt")
+    leave, stages, own = module.Run.leave, module.Config().stages, {"config.json", "lock", "checkpoint.pt"}
 
     def leaving(run: object) -> None:
         leave(run)
         finished.append(run.stage)
-        shutil.copytree(run.folder, made / "after" / run.stage, ignore=own)
+        others = lambda folder, names: own & {*names} if Path(folder) == run.folder else ()  # noqa: E731
+        shutil.copytree(run.folder, made / "after" / run.stage, ignore=others)
 
     def called(frame: object, event: str, _: object) -> None:
         if event == "call" and frame.f_code.co_filename == impl.__file__:
