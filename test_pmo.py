@@ -4751,7 +4751,8 @@ def test_many_processes_ask_a_rule_once():
         asked = Path("asked").read_text()
         Path("asked").unlink()
         many = config.folder.with_name("rule of two")
-        result = on_processes(2, "log", 0, *flags_of(replace(config, folder=many)))
+        source = Path(impl.__file__).resolve()
+        result = with_torchrun(KILLER, "log", 0, source.parent, source.stem, *flags_of(replace(config, folder=many)))
         assert result.returncode == 0, result.stderr[-3000:]
         assert Path("asked").read_text() == asked
     assert (one / "eval.jsonl").read_text() == (many / "eval.jsonl").read_text()
