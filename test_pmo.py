@@ -7036,17 +7036,17 @@ def planted(mutant: Mutant | None):
 
 
 @functools.cache
-def run_by_stages() -> tuple[Path, dict[int, int]]:
-    """The tiny run of pmo as it is: where copies of its folder lie, as each stage left it, and how many stages were
+def run_by_stages() -> tuple[object, dict[int, int]]:
+    """The tiny run of pmo as it is: a folder with copies of the run's, as each stage left it, and how many stages were
     finished when the function that begins in a line, or stands around it, was first called."""
-    module, made, calls, finished = planted(None), Path(tempfile.mkdtemp(dir=workshop())), {}, []
+    module, made, calls, finished = planted(None), tempfile.TemporaryDirectory(), {}, []
     leave, stages, own = module.Run.leave, module.Config().stages, {"config.json", "lock", "checkpoint.pt"}
 
     def leaving(run: object) -> None:
         leave(run)
         finished.append(run.stage)
         others = lambda folder, names: own & {*names} if Path(folder) == run.folder else ()  # noqa: E731
-        shutil.copytree(run.folder, made / "after" / run.stage, ignore=others)
+        shutil.copytree(run.folder, Path(made.name, "after", run.stage), ignore=others)
 
     def called(frame: object, event: str, _: object) -> None:
         if event == "call" and frame.f_code.co_filename == impl.__file__:
@@ -7054,7 +7054,7 @@ def run_by_stages() -> tuple[Path, dict[int, int]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(globals(), "impl", module)
-        patch.setattr(workshop, "folder", SimpleNamespace(name=made))
+        patch.setattr(workshop, "folder", made, raising=False)
         patch.setattr(module.Run, "leave", leaving)
         usual = sys.getprofile()
         sys.setprofile(called)
@@ -7062,7 +7062,7 @@ def run_by_stages() -> tuple[Path, dict[int, int]]:
             finished_run()
         finally:
             sys.setprofile(usual)
-    return made / "after", calls
+    return made, calls
 
 
 @functools.cache
@@ -7086,37 +7086,59 @@ def spared_stages(mutant: Mutant | None) -> tuple[str, ...]:
     return stages[: min((done for line, done in calls.items() if around[0] <= line <= around[1]), default=len(stages))]
 
 
-HOLDS: dict[str, bool] = {}  # laws that hold for pmo as it is, with nothing made before, and whether they need the run
+@contextmanager
+def alone_with(module: object, spared: tuple[str, ...]) -> Iterator[None]:
+    """Inside, pmo is this module, and nothing was made before, but for these stages of the tiny run."""
+    introduce = module.Run.introduce
+
+    def further(run: object) -> None:
+        if run.folder == workshop() / "runs" / "whole" and spared:
+            shutil.copytree(Path(run_by_stages()[0].name, "after", spared[-1]), run.folder, dirs_exist_ok=True)
+            run.progress["finished"] = list(spared)
+        introduce(run)
+
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(module.Run, "introduce", further)
+        patch.setitem(globals(), "impl", module)
+        patch.setitem(sys.modules, module.__name__, module)  # where annotations are looked up
+        patch.setattr(workshop, "folder", SimpleNamespace(name=folder), raising=False)
+        yield
+
+
+HOLDS: dict[str, bool] = {}  # laws that were tried without a bug, with nothing made before: do they need the run?
+
+
+def hold_alone(name: str) -> Iterator[None]:
+    with alone_with(impl, impl.Config().stages):
+        yield
+        HOLDS[name] = (workshop() / "runs" / "whole").exists()
+
+
+@pytest.fixture(autouse=True)
+def alone(request):
+    """Each of pmo's own laws begins with nothing made before, in its own test as with a bug planted."""
+    own = is_pmo and request.node.name in LAWS and request.node.name not in contracts_laws()
+    yield from hold_alone(request.node.name) if own else (None,)
 
 
 @pmos_own
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.bug)
-def test_some_law_fails_when(mutant, monkeypatch):
-    def hold(module: object, spared: tuple[str, ...]) -> None:
-        introduce = module.Run.introduce
-
-        def further(run: object) -> None:
-            if run.folder == workshop() / "runs" / "whole" and spared:
-                shutil.copytree(run_by_stages()[0] / spared[-1], run.folder, dirs_exist_ok=True)
-                run.progress["finished"] = list(spared)
-            introduce(run)
-
-        monkeypatch.setattr(module.Run, "introduce", further)
-        monkeypatch.setitem(globals(), "impl", module)
-        monkeypatch.setitem(sys.modules, module.__name__, module)  # where annotations are looked up
-        monkeypatch.setattr(workshop, "folder", tempfile.TemporaryDirectory(), raising=False)  # its runs are its own
-        if HOLDS.get(mutant.law):
+def test_some_law_fails_when(mutant):
+    broken = planted(mutant)
+    # What fails without the bug, too, would prove nothing. Its own test says it, if that was run; a contract's law looks
+    # at nothing that was made before.
+    if mutant.law not in {**contracts_laws(), **HOLDS}:
+        for _ in hold_alone(mutant.law):
+            LAWS[mutant.law].hold(shrink=False)
+    needs_the_run = HOLDS.get(mutant.law, False)
+    # A law fails, or the mutant refuses what is right; a crash would prove nothing.
+    with (
+        alone_with(broken, spared_stages(mutant) if needs_the_run else ()),
+        pytest.raises((AssertionError, pytest.fail.Exception, broken.InputError)),
+    ):
+        if needs_the_run:
             finished_run()  # before the law begins to watch
         LAWS[mutant.law].hold(shrink=False)
-
-    broken = planted(mutant)
-    # What fails without the bug, too, would prove nothing. (A contract's law looks at no run, so its own test says it.)
-    if mutant.law not in {**contracts_laws(), **HOLDS}:
-        hold(planted(None), spared_stages(None))
-        HOLDS[mutant.law] = (workshop() / "runs" / "whole").exists()
-    # A law fails, or the mutant refuses what is right; a crash would prove nothing.
-    with pytest.raises((AssertionError, pytest.fail.Exception, broken.InputError)):
-        hold(broken, spared_stages(mutant) if HOLDS.get(mutant.law) else ())
 
 
 # -----------------------------------------------------------------------------
