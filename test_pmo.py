@@ -4719,8 +4719,8 @@ def agrees_with(one: Path, many: Path, tolerance: float = 1e-4) -> None:
 )  # fmt: skip
 def test_many_processes_give_the_run_of_one():
     small = impl.Compute(micro_batch_size=3, sample_batch_size=5, checkpoint_minutes=0.0)
-    config = tiny_config("one process", compute=small, sft=impl.SFT(epochs=3.0))
-    config = replace(config, pretrain=replace(config.pretrain, epochs=2.0))
+    config = tiny_config("one process", compute=small, sft=impl.SFT(epochs=1.5))
+    config = replace(config, pretrain=replace(config.pretrain, epochs=1.0))
     runs = impl.start(config).parent
     result = on_processes(2, "log", 0, *flags_of(replace(config, folder=runs / "two processes")))
     assert result.returncode == 0, result.stderr[-3000:]
