@@ -103,10 +103,7 @@ if TYPE_CHECKING:
 # mask is ignored, NaN included, and comes back as 0. Inputs are never modified.
 
 
-def response_mask(
-    responses: Tensor,  # (B, T) the sampler's output, full width
-    eos_id: int,
-) -> Tensor:  # (B, T) bool
+def response_mask(responses: Tensor, eos_id: int) -> Tensor:  # (B, T) the sampler's output, full width -> (B, T) bool
     """True up to and including the first EOS; all True in a row without one [D3, D4].
 
     What the sampler wrote after EOS is no part of the response, whatever it is. A pad id plays no role here.
@@ -116,10 +113,7 @@ def response_mask(
     return eos_before == 0
 
 
-def length_mask(
-    lengths: Tensor,  # (B,)
-    T: int,
-) -> Tensor:  # (B, T) bool
+def length_mask(lengths: Tensor, T: int) -> Tensor:  # (B,) -> (B, T) bool
     """True on the first `lengths[b]` slots of row b [D3]."""
     return torch.arange(T, device=lengths.device) < lengths[:, None]
 
@@ -133,11 +127,7 @@ def penalize_missing_eos(
     return torch.where(has_eos, scores, torch.full_like(scores, value))
 
 
-def logprobs_of(
-    logits: Tensor,  # (B, T, V)
-    tokens: Tensor,  # (B, T)
-    temperature: float,
-) -> Tensor:  # (B, T)
+def logprobs_of(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:  # (B, T, V), (B, T) -> (B, T)
     """log softmax(logits / temperature)[token], in float32 (float64 stays float64).
 
     The temperature is the one the tokens were sampled with: it defines the policy [D13; 4].
@@ -146,20 +136,14 @@ def logprobs_of(
     return -F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
 
-def entropy_of(
-    logits: Tensor,  # (B, T, V)
-    temperature: float,
-) -> Tensor:  # (B, T) nats
+def entropy_of(logits: Tensor, temperature: float) -> Tensor:  # (B, T, V) -> (B, T) nats
     """H = −Σᵥ πᵥ log πᵥ of the tempered distribution π = softmax(logits / temperature) [D13]."""
     logprobs = (_at_least_float32(logits) / temperature).log_softmax(-1)
     # The clamp turns 0 · (−∞), a token that cannot be sampled, into 0.
     return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
-def masked_mean(
-    x: Tensor,  # (B, T)
-    mask: Tensor,  # (B, T) bool
-) -> Tensor:  # ()
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:  # (B, T), (B, T) bool -> ()
     """Mean of x over the True slots."""
     return x.masked_fill(~mask, 0).sum() / mask.sum()
 
@@ -198,6 +182,11 @@ def kl_estimate(
     if kind == "k1":
         return k1
     return k1.square() / 2 if kind == "k2" else torch.expm1(-k1) + k1
+
+
+def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, kl_coef: float, kind: str = "k2") -> Tensor:  # (B, T), unreduced
+    """β · KL as a loss: k2 has the gradient of KL(π ‖ π_ref), k3 that of KL(π_ref ‖ π), k1 has none in expectation."""
+    return kl_coef * kl_estimate(logprobs, ref_logprobs, kind)
 
 
 def token_rewards(
@@ -241,10 +230,7 @@ def gae(
     return advantages, advantages + values
 
 
-def leave_one_out(
-    returns: Tensor,  # (B,) groups of G neighbours
-    G: int,
-) -> Tensor:  # (B,)
+def leave_one_out(returns: Tensor, G: int) -> Tensor:  # (B,) groups of G neighbours -> (B,)
     """Mean over the other members of each group: a baseline that knows nothing of the response itself [9, eq. 7].
 
     return − baseline = G / (G − 1) · (return − mean of the group).
@@ -295,6 +281,18 @@ def aggregate(
         return losses.sum() / (mask.sum() if normalizer is None else normalizer)
     rows = losses.sum(1) / mask.sum(1)
     return rows.sum() / (len(rows) if normalizer is None else normalizer)
+
+
+def minibatch_share(
+    losses: Tensor,  # (b, T) of a micro-batch
+    mask: Tensor,  # (b, T) bool
+    whole: Tensor,  # (B, W) bool, the mask of its minibatch
+    average: Literal["token", "sequence", "constant"] = "token",
+    room: int = 0,  # tokens that a response could have had, which "constant" divides by
+) -> Tensor:  # ()
+    """A micro-batch's share in the loss of its minibatch: shares add up to it, however it was cut [D20]."""
+    count = {"token": whole.sum(), "sequence": len(whole), "constant": len(whole) * room}[average]
+    return aggregate(losses, mask, "sequence" if average == "sequence" else "token", count)
 
 
 def preference_loss(
@@ -492,11 +490,8 @@ def ppo_losses(models: Models, config: PPO, part: Rollout, whole: Rollout) -> di
     policy_losses = policy_loss(logprobs, part.logprobs, part.advantages, cliprange)
     value_losses = value_loss(values, part.values, part.returns, config.cliprange_value)
 
-    # Divided by the counts of the whole minibatch, so that shares add up, however it was cut [D20].
-    tokens = whole.mask.sum()
-    count = {"token": tokens, "sequence": len(whole), "constant": len(whole) * whole.room}[config.average]
-    how = "sequence" if config.average == "sequence" else "token"
-    share = partial(aggregate, mask=part.mask, how=how, normalizer=count)
+    token_mean = partial(minibatch_share, mask=part.mask, whole=whole.mask)  # whatever the loss is [D23]
+    share = partial(token_mean, average=config.average, room=whole.room)
     loss = share(policy_losses)
     if config.learns_values:
         loss = loss + config.vf_coef * share(value_losses)
@@ -505,8 +500,7 @@ def ppo_losses(models: Models, config: PPO, part: Rollout, whole: Rollout) -> di
     if whole.shown is not None:  # PPO-ptx [8, eq. 2]: the policy keeps its demonstrations likely
         loss = loss + config.ptx_coef * language_model_losses(models.policy, 0.0, part.shown, whole.shown)["loss"]
     if config.kl_in == "loss":  # [D15]
-        loss = loss + config.kl_coef * share(kl_estimate(logprobs, part.ref_logprobs, config.kl_kind))
-    token_mean = partial(aggregate, mask=part.mask, how="token", normalizer=tokens)  # whatever the loss is [D23]
+        loss = loss + share(kl_loss(logprobs, part.ref_logprobs, config.kl_coef, config.kl_kind))
     with torch.no_grad():
         log_ratio = logprobs - part.logprobs
         unclipped = -log_ratio.exp() * part.advantages
@@ -575,7 +569,7 @@ def natural_step(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine:
         def losses(part: Rollout, whole: Rollout) -> dict[str, Tensor]:
             layout = lay_out(part.batch, part.mask.device)
             logprobs = response_logprobs(policy, layout, config.temperature).masked_fill(~part.mask, 0)
-            return {"loss": aggregate(loss_of(logprobs, part), part.mask, "token", whole.mask.sum())}
+            return {"loss": minibatch_share(loss_of(logprobs, part), part.mask, whole.mask)}
 
         set_parameters(parameters, theta)
         policy.zero_grad()
@@ -899,15 +893,30 @@ def reward(run: Run) -> None:
 def reward_losses(model: ScalarModel, part: Rankings, whole: Rankings) -> dict[str, Tensor]:
     """Shares of the minibatch's loss and accuracy; a tie counts half [D8]. Each text is read once, in however many
     pairs it stands, and each query counts once, by however many pairs [8, §3.5]."""
-    scores = model.scores(lay_out(part.batch(), model.bias.device))
-    better, worse, weights = part.columns()
-    better, worse = scores[better], scores[worse]
+    layout = lay_out(part.batch(), model.bias.device)
+    outputs, n = model.outputs(layout), layout.mask.sum(1)
+    scores, (better, worse, weights) = at_last(outputs, n), part.columns()
     weights = torch.tensor(weights, device=scores.device) / len(whole)
     return {
-        "loss": preference_loss(better, worse, weights),
-        "accuracy": (wins_of(better, worse) * weights).sum(),
-        "margin": ((better - worse) * weights).sum(),
+        "loss": pair_loss(outputs[better], outputs[worse], n[better], n[worse], weights),
+        "accuracy": (wins_of(scores[better], scores[worse]) * weights).sum(),
+        "margin": ((scores[better] - scores[worse]) * weights).sum(),
     }
+
+
+def pair_loss(
+    chosen: Tensor,  # (B, T) a number at each token of a text
+    rejected: Tensor,  # (B, U)
+    n_chosen: Tensor,  # (B,) tokens
+    n_rejected: Tensor,  # (B,)
+    weights: Tensor | None = None,  # (B,) of the pairs
+) -> Tensor:  # ()
+    """`preference_loss` of texts, however long each: it is their last tokens' numbers that are compared [D8]."""
+    return preference_loss(at_last(chosen, n_chosen), at_last(rejected, n_rejected), weights)
+
+
+def at_last(x: Tensor, lengths: Tensor) -> Tensor:  # (B, T), (B,) -> (B,)
+    return x.gather(1, lengths[:, None] - 1).squeeze(1)
 
 
 OTHER_POST, SAME_POST = "other post", "same post"  # a summary of another post, in comparisons: easily told apart
@@ -1002,8 +1011,11 @@ class ScalarModel(nn.Module):
     def values(self, layout: Layout) -> Tensor:  # (B, T) of the state before each response token
         return self(layout, layout.index)
 
+    def outputs(self, layout: Layout) -> Tensor:  # (B, T) after each response token
+        return self(layout, layout.place)
+
     def scores(self, layout: Layout) -> Tensor:  # (B,) read at the last response token, EOS [D8]
-        return self(layout, layout.last).squeeze(1)
+        return at_last(self.outputs(layout), layout.mask.sum(1))
 
     def forward(self, layout: Layout, index: Tensor) -> Tensor:  # (B, T) -> (B, T)
         hidden = self.classifier.base_model(**layout.inputs, use_cache=False).last_hidden_state[layout.row, index]
@@ -1174,19 +1186,19 @@ def sample_block(
     Q, row = max(map(len, queries)), torch.arange(len(queries), device=device)[:, None]
     tokens = torch.tensor([[0] * (Q - len(q)) + q for q in queries], device=device)
     attention = torch.tensor([[0] * (Q - len(q)) + [1] * len(q) for q in queries], device=device)
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    position_ids = positions(attention)
     uniforms, written, cache = uniforms.to(device), [], None
     ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=device)
     cache_name = "cache" if "cache" in inspect.signature(policy.forward).parameters else "past_key_values"
     while len(written) < uniforms.shape[1] and not ended.all():
         with head_at(policy, row, torch.full_like(row, tokens.shape[1] - 1)), compact_keys():  # the newest token
-            inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": positions}
+            inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": position_ids}
             output = policy(**inputs, **{cache_name: cache}, use_cache=True)
         cache, logits = output[cache_name], output.logits[:, -1]
         if len(groups) < len(batch) and not written:  # from a row for each query to a row for each response
             of = torch.tensor([r for r, group in enumerate(groups) for _ in group], device=device)
             cache.batch_select_indices(of)
-            logits, attention, positions = logits[of], attention[of], positions[of]
+            logits, attention, position_ids = logits[of], attention[of], position_ids[of]
             row = torch.arange(len(batch), device=device)[:, None]
         cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
         total = cumulative[:, -1:]
@@ -1196,11 +1208,21 @@ def sample_block(
         tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=cumulative.shape[1] - 1)
         written.append(tokens)
         ended |= tokens == eos_id
-        positions = positions[:, -1:] + 1
+        position_ids = position_ids[:, -1:] + 1
         attention = torch.cat([attention, torch.ones_like(tokens)], dim=1)
     responses = torch.cat(written, dim=1)
-    lengths = response_mask(responses, eos_id).sum(1).tolist()
-    return [response[:length] for response, length in zip(responses.tolist(), lengths)]
+    last = score_index(responses, eos_id).tolist()
+    return [response[: i + 1] for response, i in zip(responses.tolist(), last)]
+
+
+def positions(mask: Tensor) -> Tensor:  # (B, W), here True on each row's last tokens -> (B, W)
+    """Positions of left-padded tokens: a row's first has position 0, wherever it stands; so has what is before [D5]."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def score_index(responses: Tensor, eos_id: int) -> Tensor:  # (B, T) the sampler's output, full width -> (B,)
+    """Where the score is read: at the first EOS, else at the last token; what fills the row, EOS too, is none [D8]."""
+    return response_mask(responses, eos_id).sum(1) - 1
 
 
 @contextmanager
@@ -1682,7 +1704,7 @@ class Layout(NamedTuple):
     inputs: dict[str, Tensor]  # input_ids (R, W), no gaps; position_ids (R, W), attention_mask (R, 1, W, W) if need be
     row: Tensor  # (B, 1) in which a response stands
     index: Tensor  # (B, T) where the model has read everything before response token t
-    last: Tensor  # (B, 1) where it has read the whole response
+    place: Tensor  # (B, T) where it has read that token, too
     responses: Tensor  # (B, T)
     mask: Tensor  # (B, T) bool, True on response tokens
 
@@ -1719,10 +1741,9 @@ def lay_out(batch: Batch, device: torch.device | str = "cpu") -> Layout:
     before = torch.tensor([[len(query) - 1] for query in batch.queries], device=device)
     row, start = torch.tensor(row, device=device), torch.tensor(start, device=device)
     lengths = torch.tensor([len(response) for response in batch.responses], device=device)
-    index = start - 1 + torch.arange(responses.shape[1], device=device)
-    index = torch.cat([before, index[:, 1:]], dim=1).clamp(max=W - 1)
-    mask = length_mask(lengths, responses.shape[1])
-    return Layout(inputs, row, index, start - 1 + lengths[:, None], responses, mask)
+    place = (start + torch.arange(responses.shape[1], device=device)).clamp(max=W - 1)
+    index = torch.cat([before, place[:, :-1]], dim=1)
+    return Layout(inputs, row, index, place, responses, length_mask(lengths, responses.shape[1]))
 
 
 def pad_right(rows: list[list[int]], device: torch.device | str, filler: int = 0) -> Tensor:
