@@ -357,7 +357,6 @@ def ppo(run: Run) -> None:
         if (kl := statistics["objective/kl"]) > (config.max_kl or math.inf):
             run.say(f"stopped: KL {kl:.2f} exceeds --ppo.max-kl {config.max_kl}")
             break
-    run.say(sparklines(history))
     run.write("ppo", partial(save_model, models.policy, engine.weights(models.policy), codec.tokenizer))
 
 
@@ -2968,6 +2967,8 @@ class Run:
 
     def leave(self) -> None:
         """The stage is finished: a resumed run will not repeat it."""
+        if self.stage == "ppo":
+            self.say(sparklines(ppo_updates(self.folder)))
         self.seconds[self.stage] = round(time.monotonic() - self.entered, 1)
         self.save_progress({"finished": [*self.progress["finished"], self.stage], "stage": "", "step": 0})
         self.say(f"{self.stage}: {self.seconds[self.stage]:.0f} s")
@@ -3052,6 +3053,8 @@ class Run:
         self.say(f"pmo: {' > '.join(stage for stage in config.stages if not config.is_given(stage))}")
         precision = "bfloat16" if engine.bfloat16 else "float32"
         self.say(f"{engine.world} x {engine.device.type} ({place}), {precision}, seed {config.seed}, in {self.folder}")
+        if "ppo" in config.stages and (left := config.ppo.total_episodes % config.ppo.batch_size):
+            self.say(f"note: --ppo.total-episodes {config.ppo.total_episodes}: the last {left} are no whole batch")
         for folder in config.from_run:
             was, now = stored(folder)["config"].get("data", {}), asdict(config.data)
             for name in ("query_tokens", "response_tokens", "query_format"):

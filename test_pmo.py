@@ -4524,6 +4524,17 @@ def test_curves_on_the_screen_are_those_of_the_updates():
 
 
 @law(
+    "stage ppo ends with its curves",
+    "README: what a run prints", *RUN_NEEDS, "Run",
+)  # fmt: skip
+def test_ppo_ends_with_its_curves():
+    config = stage_config("with curves", "ppo")
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        impl.start(config)
+    assert impl.sparklines(metrics_of(config.folder)) in said.getvalue()
+
+
+@law(
     "the picture has the same curves of each run, labelled by its folder",
     "README: files of a run", "plot",
 )  # fmt: skip
@@ -4547,6 +4558,19 @@ def test_curves_are_drawn_of_each_run():
     assert lines == {"one": ([1, 2, 3], [0, 0, 0]), "two": ([1, 2, 3], [0, 1, 2])}
     impl.plot(folders, workshop() / "drawn" / "curves.png")
     assert (workshop() / "drawn" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@law(
+    "episodes that make no whole batch are named at the start",
+    "a flag that is not kept is said", *RUN_NEEDS, "Run",
+)  # fmt: skip
+def test_episodes_left_over_are_said():
+    for episodes, left in ((49, True), (48, False)):
+        config = stage_config(f"left {left}", "ppo")
+        run = impl.Run(replace(config, ppo=replace(config.ppo, total_episodes=episodes)))
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            run.introduce()
+        assert ("--ppo.total-episodes 49: the last 1 are" in said.getvalue()) == left
 
 
 @law(
@@ -7287,6 +7311,8 @@ MUTANTS = [
     Mutant("twice is repetitive", "test_invented_words_and_repetitions_are_counted", "count >= 3 and", "count >= 2 and"),
     Mutant("any word is repetitive", "test_invented_words_and_repetitions_are_counted", "count >= 3 and self.rarity(word)", "count >= 3"),
     Mutant("length is no matter", "test_the_verdict_claims_no_more_than_its_intervals", "<= 0.1 * y[", "<= 1.0 * y["),
+    Mutant("episodes are left out silently", "test_episodes_left_over_are_said", "config.ppo.total_episodes % config.ppo.batch_size)", "0)"),
+    Mutant("curves are of another run", "test_ppo_ends_with_its_curves", "self.say(sparklines(ppo_updates(self.folder)))", "self.say(sparklines([]))"),
     Mutant("a share's interval is the normal one", "test_shares_have_wilsons_interval", "p * (1 - p) / n + z * z / (4 * n * n))", "p * (1 - p) / n)"),
     Mutant("scores without EOS count as hacking", "test_bad_signs_are_said_once", 'if rise("raw_scores") > 0', 'if rise("scores") > 0'),
     Mutant("the labeler watches a rule", "test_a_rule_replaces_the_reward_model", "labeler = Labeler(posts) if run.labeler_chose else None", "labeler = Labeler(posts)"),
