@@ -2309,13 +2309,15 @@ class Labeler:
     def score(self, post: Post, summary: str) -> float:
         """Cosine − 0.2 · u / (1 + u), in (−0.2, 1].
 
-        u counts unsupported and repeated words, each by its rarity: a word in no training post counts 1.
+        u counts unsupported words by their rarity (one in no training post counts 1), and repetitions of words of four
+        letters and more as 1 each.
         """
         about, words = self.weights(self.words(post)), self.words(summary)
         said_once = self.weights(list(dict.fromkeys(words)))
         cosine = sum(weight * about.get(word, 0.0) for word, weight in said_once.items())
-        unfit = sum(self.rarity(word) for i, word in enumerate(words) if word not in about or word in words[:i])
-        u = unfit / max(1.0, math.log(0.1 * (self.posts + 1)))
+        unsupported = sum(self.rarity(word) for word in words if word not in about)
+        again = sum(len(word) > 3 and word in words[:i] for i, word in enumerate(words))
+        u = unsupported / max(1.0, math.log(0.1 * (self.posts + 1))) + again
         return cosine - 0.2 * u / (1 + u)
 
     def invented(self, post: Post, summary: str) -> float:

@@ -2993,18 +2993,18 @@ def test_a_reward_model_near_chance_is_warned_of():
 
 @law(
     "the labeler's score is the TF-IDF cosine of a summary's words, each once, with the post, less a bounded penalty for rare "
-    "words unsupported or said twice; "
+    "words unsupported and long ones said twice; "
     "words are cut to six letters",
     "README: the labeler; Salton & Buckley 1988 for TF-IDF", "Labeler", "Post",
 )  # fmt: skip
 def test_the_labelers_score_is_the_formula_it_says():
     words = "amber birch cedar daisy elder".split()
     posts = [impl.Post("r", words[i % 5], f"{words[i % 4]} {words[i % 3]}", "-") for i in range(40)]
-    posts += [impl.Post("r", f"filler{chr(97 + i % 26)}", "nothing here", "-") for i in range(300)]
+    posts += [impl.Post("r", f"filler{chr(97 + i % 26)}", "nothing of the kind", "-") for i in range(300)]
     labeler, post = impl.Labeler(posts), impl.Post("r", "cedar", "amber amber elder", "-")
     df = {w: sum(w in f"{p.title} {p.post}".split() for p in posts) for w in words}
 
-    df |= {"nothing": 300, "unseen": 0}
+    df |= {"nothing": 300, "of": 300, "the": 300, "unseen": 0}
     rarity = {w: max(0.0, math.log(0.1 * (len(posts) + 1) / (n + 1))) for w, n in df.items()}
     assert rarity["nothing"] == 0.0 < min(rarity[w] for w in words)
 
@@ -3012,16 +3012,17 @@ def test_the_labelers_score_is_the_formula_it_says():
         raw = {w: (1 + math.log(n)) * rarity[w] for w, n in Counter(text.split()).items()}
         return {w: x / math.sqrt(sum(y * y for y in raw.values())) for w, x in raw.items()}
 
-    for summary, unfit in (
-        ("cedar", []),
-        ("cedar nothing nothing", []),  # too common to be missed, or to be repeated
-        ("amber elder elder elder", ["elder", "elder"]),
-        ("daisy cedar amber", ["daisy"]),
-        ("unseen cedar unseen amber cedar", ["unseen", "unseen", "cedar"]),
+    for summary, unfit, again in (
+        ("cedar", [], 0),
+        ("cedar nothing of the of the", [], 0),  # too common to be missed, too short to be repeated
+        ("cedar nothing nothing", [], 1),
+        ("amber elder elder elder", [], 2),
+        ("daisy cedar amber", ["daisy"], 0),
+        ("unseen cedar unseen amber cedar", ["unseen", "unseen"], 2),
     ):
         one, two = unit("cedar cedar amber amber elder"), unit(" ".join(dict.fromkeys(summary.split())))
         cosine = sum(x * one.get(w, 0.0) for w, x in two.items())
-        u = sum(rarity[w] for w in unfit) / math.log(0.1 * (len(posts) + 1))
+        u = sum(rarity[w] for w in unfit) / math.log(0.1 * (len(posts) + 1)) + again
         assert 0.05 < cosine and labeler.score(post, summary) == pytest.approx(cosine - 0.2 * u / (1 + u))
     assert labeler.words("A reporterIsHere reporting") == ["report", "is", "here", "report"]
 
@@ -7207,8 +7208,9 @@ MUTANTS = [
     Mutant("test posts are trained on", "test_the_splits_of_the_corpus_share_no_file", "posts += unused.pop()", "posts += unused.pop() if len(posts) + 10 < (size or 10**9) else unused[-1]"),
     Mutant("win rates are the loser's", "test_the_report_names_the_winner_at_each_temperature", "compare_marks(marks[a], marks[b], prefer(a, b))", "compare_marks(marks[a], marks[b], prefer(b, a))"),
     Mutant("the verdict exchanges the temperatures", "test_the_report_names_the_winner_at_each_temperature", "lines.append(f\"    {pair}: {', '", "lines.append(f\"    {next(reversed(versus))}: {', '"),
-    Mutant("repeating a word costs nothing", "test_the_labelers_score_is_the_formula_it_says", "if word not in about or word in words[:i]", "if word not in about"),
-    Mutant("unsupported words cost nothing", "test_the_labelers_score_is_the_formula_it_says", "if word not in about or word in words[:i]", "if word in words[:i]"),
+    Mutant("repeating a word costs nothing", "test_the_labelers_score_is_the_formula_it_says", "len(word) > 3 and word in words[:i] for", "0 for"),
+    Mutant("unsupported words cost nothing", "test_the_labelers_score_is_the_formula_it_says", "sum(self.rarity(word) for word in words if word not in about)", "0.0"),
+    Mutant("repeating an article costs something", "test_the_labelers_score_is_the_formula_it_says", "len(word) > 3 and word in words[:i] for", "word in words[:i] for"),
     Mutant("the penalty has no bound", "test_the_labelers_score_is_the_formula_it_says", "- 0.2 * u / (1 + u)", "- 0.2 * u"),
     Mutant("posts may be nameless", "test_the_corpus_has_no_near_duplicates", "if not post.title or not sentence", "if not sentence"),
     Mutant("the title counts once", "test_the_labelers_score_is_the_formula_it_says", 'f"{text.title} {text.title} {text.post}"', 'f"{text.title} {text.post}"'),
