@@ -10,7 +10,7 @@ PPO in a dozen lines (`ppo`, at the head of section 2, is these lines with names
 
     for update in range(num_updates):
         responses = sample(policy, queries, temperature)                # 1. roll out, up to and including EOS
-        scores = reward_model(queries, responses), read at EOS          # 2. a penalty where EOS is missing
+        scores = reward_model(queries, responses), read at EOS          # 2. one for each response
         logprobs, ref_logprobs, values of every response token          # 3. one forward pass of each model
         rewards = -kl_coef * (logprobs - ref_logprobs), + score on the last token                      # 4.
         advantages, returns = gae(rewards, values);  advantages = whiten(advantages)                   # 5.
@@ -27,7 +27,7 @@ The file is to be read from its top. Sections 1 to 5 are the method, the others 
 
 To change what is credited (another baseline): `credit`; how far a step may go: `policy_loss`, called in `ppo_losses`;
 where the KL is paid: `shape_rewards` and `ppo_losses`; what is scored: `outcome_scores`; which models there are:
-`load_models`; each flag, and what a new value of one is called: section 8.
+`load_models`; flags: section 8.
 
 Departures from the code of [4], each because of a fault or for a reason given at the place:
   1. the score is paid to the EOS action, not one slot after it;
@@ -118,11 +118,7 @@ def length_mask(lengths: Tensor, T: int) -> Tensor:  # (B,) -> (B, T) bool
     return torch.arange(T, device=lengths.device) < lengths[:, None]
 
 
-def penalize_missing_eos(
-    scores: Tensor,  # (B,)
-    has_eos: Tensor,  # (B,) bool
-    value: float,
-) -> Tensor:  # (B,)
+def penalize_missing_eos(scores: Tensor, has_eos: Tensor, value: float) -> Tensor:  # (B,), (B,) bool -> (B,)
     """Replace (not lower) the score of a response that never ended [D12; 4, detail "EOS trick"]."""
     return torch.where(has_eos, scores, torch.full_like(scores, value))
 
@@ -148,11 +144,7 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:  # (B, T), (B, T) bool -> ()
     return x.masked_fill(~mask, 0).sum() / mask.sum()
 
 
-def whiten(
-    x: Tensor,  # (B, T)
-    mask: Tensor,  # (B, T) bool
-    shift_mean: bool = True,
-) -> Tensor:  # (B, T)
+def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:  # (B, T), (B, T) bool -> (B, T)
     """(x − mean) / (std + 1e-8) over the mask, population variance; `shift_mean=False` gives x / (std + 1e-8).
 
     Without the shift zero stays zero and signs stay, as whitened *rewards* should ([4]'s code adds the mean back
@@ -167,11 +159,7 @@ def whiten(
     return (centered if shift_mean else x) / scale
 
 
-def kl_estimate(
-    logprobs: Tensor,  # (B, T) log π of sampled tokens
-    ref_logprobs: Tensor,  # (B, T) log π_ref of the same tokens
-    kind: Literal["k1", "k2", "k3"] = "k1",
-) -> Tensor:  # (B, T)
+def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2", "k3"] = "k1") -> Tensor:  # (B, T)
     """Estimates of KL(π ‖ π_ref) from single samples of π [Schulman 2020, "Approximating KL Divergence"].
 
         k1 = log π − log π_ref        k2 = k1² / 2        k3 = π_ref / π − 1 + k1
@@ -189,12 +177,7 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, kl_coef: float, kind: str = 
     return kl_coef * kl_estimate(logprobs, ref_logprobs, kind)
 
 
-def token_rewards(
-    scores: Tensor,  # (B,)
-    kl: Tensor,  # (B, T)
-    mask: Tensor,  # (B, T) bool
-    kl_coef: float,
-) -> Tensor:  # (B, T)
+def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:  # (B,), (B, T) ... -> (B, T)
     """rₜ = −β klₜ on every response token, plus the score on the last one [D15; 5, §3.4; Ziegler et al. 2019, eq. 2].
 
     The last response token is the EOS action itself: it earned the score. [4]'s code pays one slot later.
@@ -204,14 +187,8 @@ def token_rewards(
     return penalties.scatter_add(1, last, scores[:, None].to(penalties.dtype))
 
 
-def gae(
-    rewards: Tensor,  # (B, T)
-    values: Tensor,  # (B, T) V of the state before token t
-    mask: Tensor,  # (B, T) bool
-    gamma: float,
-    lam: float,
-) -> tuple[Tensor, Tensor]:  # advantages (B, T), returns (B, T)
-    """Generalised advantage estimation [3, eq. 11–16; D17].
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:  # (B, T)
+    """Advantages and returns by generalised advantage estimation [3, eq. 11–16; D17]; Vₜ: of the state before token t.
 
         δₜ = rₜ + γ Vₜ₊₁ − Vₜ        Aₜ = δₜ + γλ Aₜ₊₁        Rₜ = Aₜ + Vₜ
 
@@ -239,28 +216,19 @@ def leave_one_out(returns: Tensor, G: int) -> Tensor:  # (B,) groups of G neighb
     return ((groups.sum(1, keepdim=True) - groups) / (G - 1)).flatten()
 
 
-def policy_loss(
-    logprobs: Tensor,  # (B, T)
-    old_logprobs: Tensor,  # (B, T) of the policy that sampled
-    advantages: Tensor,  # (B, T)
-    cliprange: float,
-) -> Tensor:  # (B, T), unreduced
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cliprange: float) -> Tensor:  # (B, T)
     """−min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),  ρ = π / π_old [1, eq. 7; D18]; without a clip (ε = ∞) −ρ A [1, eq. 6].
 
-    The minimum is pessimistic: the clip removes the gradient only where the step would gain from going further.
+    Of each token, unreduced. The minimum is pessimistic: the clip removes the gradient only where the step would gain
+    from going further.
     """
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
     return -torch.min(ratio * advantages, clipped * advantages)
 
 
-def value_loss(
-    values: Tensor,  # (B, T)
-    old_values: Tensor,  # (B, T) at rollout time
-    returns: Tensor,  # (B, T)
-    cliprange_value: float,
-) -> Tensor:  # (B, T), unreduced
-    """½ max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²) [3; 4; D18; the clip is OpenAI baselines']."""
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float) -> Tensor:  # (B, T)
+    """½ max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²) [3; 4; D18; the clip is OpenAI baselines'], unreduced."""
     clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
     return torch.max((values - returns).square(), (clipped - returns).square()) / 2
 
@@ -286,7 +254,7 @@ def aggregate(
 def minibatch_share(
     losses: Tensor,  # (b, T) of a micro-batch
     mask: Tensor,  # (b, T) bool
-    whole: Tensor,  # (B, W) bool, the mask of its minibatch
+    whole: Tensor,  # (B, U) bool, the mask of its minibatch
     average: Literal["token", "sequence", "constant"] = "token",
     room: int = 0,  # tokens that a response could have had, which "constant" divides by
 ) -> Tensor:  # ()
@@ -295,11 +263,7 @@ def minibatch_share(
     return aggregate(losses, mask, "sequence" if average == "sequence" else "token", count)
 
 
-def preference_loss(
-    chosen: Tensor,  # (B,)
-    rejected: Tensor,  # (B,)
-    weights: Tensor | None = None,  # (B,) of the pairs
-) -> Tensor:  # ()
+def preference_loss(chosen: Tensor, rejected: Tensor, weights: Tensor | None = None) -> Tensor:  # (B,) each -> ()
     """−log σ(chosen − rejected), the mean over pairs (Bradley–Terry) [5, §3.4], or the sum weighted by `weights`."""
     losses = -F.logsigmoid(chosen - rejected)
     return losses.mean() if weights is None else (losses * weights).sum()
@@ -325,7 +289,7 @@ def ppo(run: Run) -> None:
     optimizer = adamw(run.config.optimizer, *((module, rates[name]) for name, module in trained.items()))
     for update in run.steps("ppo", config.num_updates, optimizer, **trained):
         set_lr(optimizer, 1 - update / config.num_updates)  # linear to 0 [D21]
-        config = config.after(history[-1:])
+        config = config.after(history)
         episodes = range(update * config.batch_size, (update + 1) * config.batch_size)
         picked = pick(seed, "episodes", len(posts), episodes, config.responses_per_query)
         asked, prompts = [posts[i] for i in picked], [queries[i] for i in picked]
@@ -529,10 +493,8 @@ def optimizer_step(
     totals["grad_norm"] = engine.finish_gradients(optimizer)
     statistics = {name: float(total) for name, total in totals.items()}
     for name in ("loss", "grad_norm"):  # [D22]
-        if not math.isfinite(statistics[name]):
-            raise Stopped(
-                f"{name} is {statistics[name]}, so no step was taken; try a lower learning rate (it may change) [D22]"
-            )
+        said = f"{name} is {statistics[name]}, so no step was taken; try a lower learning rate (it may change) [D22]"
+        refuse(not math.isfinite(statistics[name]), said, Stopped)
     optimizer.step()
     return statistics | {"lr": optimizer.param_groups[0]["lr"]}
 
@@ -599,12 +561,9 @@ def adapted(coef: float, kl: float, target: float) -> float:
     return coef / 2 if kl < target / 1.5 else coef * 2 if kl > target * 1.5 else coef
 
 
-def conjugate_gradients(
-    product: Callable[[Tensor], Tensor],  # v (N,) -> F v (N,), F symmetric and positive definite
-    b: Tensor,  # (N,)
-    steps: int = 10,
-) -> Tensor:  # (N,) x with F x ≈ b
-    """The best x in span(b, F b, F² b, ...), without ever holding F [6, appendix C; Hestenes and Stiefel 1952]."""
+def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, steps: int = 10) -> Tensor:  # (N,)
+    """x with F x ≈ b, where product(v) is F v: the best in span(b, F b, F² b, ...), without ever holding F, which is
+    symmetric and positive definite [6, appendix C; Hestenes and Stiefel 1952]."""
     x, residual, direction = torch.zeros_like(b), b, b
     for _ in range(steps):
         image = product(direction)
@@ -751,9 +710,7 @@ def load_function(flag: str, place: str) -> Callable:
     return function
 
 
-def outcome_scores(
-    scorer: ScalarModel | RewardFunction, posts: Sequence[Post], codec: Codec, engine: Engine, batch: Batch
-) -> Tensor:  # (B,)
+def outcome_scores(scorer: Scorer, posts: Sequence[Post], codec: Codec, engine: Engine, batch: Batch) -> Tensor:  # (B,)
     """Scores of responses to posts: a reward model's, read at EOS, or what a rule verifies of their text [7]."""
     if isinstance(scorer, nn.Module):
         return scores_of(scorer, batch, engine)
@@ -781,14 +738,13 @@ def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: 
     post, engine, config = posts[update % len(posts)], run.engine, run.config
     queries, uniforms = codec.queries([post]), noise(config.seed, "show", [update], config.data.response_tokens)
     written = {"author": author_responses(codec, [post], models.policy)} if post.summary.strip() else {}
-    for name, policy in (("sft", models.ref_policy), ("ppo", models.policy)):
+    for name, policy in (("reference" if config.ppo.ref_model else "sft", models.ref_policy), ("ppo", models.policy)):
         written[name] = sample(policy, queries, uniforms, config.evaluate.temperature, codec.eos_id, engine)
     record = {"update": update} | post.fields()
     run.say(headline(post))
     for name, responses in written.items():
-        score = outcome_scores(models.reward_model, [post], codec, engine, Batch(queries, responses))
-        has_eos = torch.tensor([responses[0][-1] == codec.eos_id], device=score.device)
-        score = penalize_missing_eos(score, has_eos, config.ppo.missing_eos_score).item()
+        score = outcome_scores(models.reward_model, [post], codec, engine, Batch(queries, responses)).item()
+        score = score if responses[0][-1] == codec.eos_id else config.ppo.missing_eos_score
         record |= {name: codec.text(responses[0]), f"{name}_score": score}
         run.say(f"    {name:7} {score:6.2f}  {record[name]}")
     run.append("samples.jsonl", record)
@@ -904,12 +860,8 @@ def reward_losses(model: ScalarModel, part: Rankings, whole: Rankings) -> dict[s
 
 
 def pair_loss(
-    chosen: Tensor,  # (B, T) a number at each token of a text
-    rejected: Tensor,  # (B, U)
-    n_chosen: Tensor,  # (B,) tokens
-    n_rejected: Tensor,  # (B,)
-    weights: Tensor | None = None,  # (B,) of the pairs
-) -> Tensor:  # ()
+    chosen: Tensor, rejected: Tensor, n_chosen: Tensor, n_rejected: Tensor, weights: Tensor | None = None
+) -> Tensor:  # numbers at each token of texts (B, T), (B, U), their numbers of tokens (B,) -> ()
     """`preference_loss` of texts, however long each: it is their last tokens' numbers that are compared [D8]."""
     return preference_loss(at_last(chosen, n_chosen), at_last(rejected, n_rejected), weights)
 
@@ -1220,7 +1172,7 @@ def positions(mask: Tensor) -> Tensor:  # (B, W), here True on each row's last t
 
 
 def score_index(responses: Tensor, eos_id: int) -> Tensor:  # (B, T) the sampler's output, full width -> (B,)
-    """Where the score is read: at the first EOS, else at the last token; what fills the row, EOS too, is none [D8]."""
+    """Where the score is read: at the first EOS, else at the last token; what follows is ignored, more EOS too [D8]."""
     return response_mask(responses, eos_id).sum(1) - 1
 
 
@@ -1355,15 +1307,12 @@ def save_model(
 def check_finite(weights: dict[str, Tensor]) -> None:
     """What a last step has spoilt is not kept: the run can go on from before [D22]."""
     for name, weight in weights.items():
-        refuse(
-            not weight.isfinite().all(),
-            f"{name} is not finite; try a lower learning rate (it may change) [D22]",
-            Stopped,
-        )
+        said = f"{name} is not finite; try a lower learning rate (it may change) [D22]"
+        refuse(not weight.isfinite().all(), said, Stopped)
 
 
 # -----------------------------------------------------------------------------
-# 5 data: records, queries, responses, batches, randomness. No model, no device.
+# 5 data: records, queries, responses, batches, randomness. No model.
 
 
 class Post(NamedTuple):
@@ -1459,7 +1408,7 @@ def parse_comparison(record: dict) -> Comparison:
         policies = " vs ".join(sorted(str(summary.get("policy", "unknown")) for summary in summaries))
         of = {"policy": policies, "batch": record.get("batch"), "confidence": extra.get("confidence")}
         kinds = [text_field({name: str(kind)}, name) for name, kind in of.items() if kind is not None]
-        kinds[2:] = [f"confidence {kind}" for kind in kinds[2:]]
+        kinds[-1] = f"confidence {kinds[-1]}" if of["confidence"] is not None else kinds[-1]
         info = {name: value for name, value in info.items() if value is not None}  # the Hub's copies have all names
         if "article" in info and "post" not in info:
             info, kinds = {"subreddit": "news", "title": "", "post": info["article"]} | info, [*kinds, "news articles"]
@@ -1475,7 +1424,7 @@ TOLERATED = 0.01  # share of unusable records; more are an error
 def lines_of(path: Path) -> AbstractContextManager[Iterable[bytes | dict]]:
     """Lines of a JSON Lines file (.gz too), or rows of a Parquet file."""
     if path.suffix == ".parquet":
-        refuse(importlib.util.find_spec("pyarrow") is None, f"{path} needs pyarrow: pip install 'pmo[parquet]'")
+        refuse(importlib.util.find_spec("pyarrow") is None, f"{path} needs pyarrow: pip install pyarrow")
         return nullcontext(importlib.import_module("pyarrow.parquet").read_table(path).to_pylist())
     return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
 
@@ -1953,20 +1902,18 @@ def votes(judge: Callable[[str, str, str], float], posts: Sequence[Post], a: lis
 
 
 def compare_marks(x: Marks, y: Marks, wins: np.ndarray) -> Figures:
-    """One writer against another on the same posts: share of wins, the same where both used as many words (to a tenth),
-    and mean differences."""
+    """One writer against another on the same posts: share of wins, the same where both wrote as many tokens (to a
+    tenth), and mean differences."""
     margins = (marks["labeler"] - marks["labeler, other post"] for marks in (x, y))
     gains = {"margin gain": np.subtract(*margins)}
     gains |= {f"{name} gain": x[name] - y[name] for name in ("rouge_l", "score")}
     there = {name: gain[~np.isnan(gain)] for name, gain in gains.items()}
     both = ~np.isnan(gains["score gain"])  # wrote something
-    shares = {
-        "win rate": wins[both],
-        "same length": wins[both & (np.abs(x["tokens"] - y["tokens"]) <= 0.1 * y["tokens"])],
-    }
-    return {name: share_with_interval(won) for name, won in shares.items() if len(won)} | {
-        name: mean_with_interval(gain) for name, gain in there.items() if len(gain)
-    }
+    alike = both & (np.abs(x["tokens"] - y["tokens"]) <= 0.1 * y["tokens"])
+    shares = {"win rate": wins[both], "same length": wins[alike]}
+    enough = min(30, len(wins))  # of fewer nothing is said
+    figures = {name: share_with_interval(won) for name, won in shares.items() if len(won) >= enough}
+    return figures | {name: mean_with_interval(gain) for name, gain in there.items() if len(gain) >= enough}
 
 
 def mean_with_interval(x: np.ndarray) -> tuple[float, float, float]:
@@ -1982,13 +1929,7 @@ def share_with_interval(wins: np.ndarray) -> tuple[float, float, float]:
     return p, (center - half) / (1 + z * z / n), (center + half) / (1 + z * z / n)
 
 
-def report(
-    run: Run,
-    posts: list[Post],
-    texts: dict[str, list[str]],
-    marks: dict[str, Marks],
-    prefer: Callable[[str, str], np.ndarray],
-) -> None:
+def report(run: Run, posts: list[Post], texts: dict[str, list[str]], marks: dict[str, Marks], prefer: Callable) -> None:
     """Table, controls, samples, verdict; eval.json, and eval.jsonl with all summaries, before a judge may fail."""
     labeler = "the labeler that made the preferences" if run.labeler_chose else "word overlap, not those who chose"
     known, judge = {"labeler": labeler, "reward": "what PPO was trained on"}, run.config.evaluate.judge
@@ -2039,21 +1980,24 @@ def table(rows: list[list[str]]) -> str:
     return "\n" + "\n".join(lines)
 
 
-CURVES = {
-    "score": "objective/scores",
-    "labeler": "objective/labeler",
-    "KL to SFT": "objective/kl",
-    "entropy": "policy/entropy",
-    "clipfrac": "policy/clipfrac",
-    "end rate": "val/eos_rate",
-    "tokens": "val/response_tokens",
+SHOWN = {  # on the screen and in pictures, those of PPO first
+    "objective/scores": "score",
+    "objective/labeler": "labeler",
+    "objective/kl": "kl",
+    "policy/entropy": "entropy",
+    "policy/clipfrac": "clipfrac",
+    "policy/approxkl": "approxkl",
+    "val/eos_rate": "eos",
+    "val/response_tokens": "tokens",
+    "loss/response": "loss",
+    "accuracy": "accuracy",
 }
 
 
 def sparklines(history: list[dict[str, float]]) -> str:
     """PPO's curves for the screen: the first value, eight levels between the lowest and the highest, the last value."""
     rows = []
-    for label, name in CURVES.items():
+    for name, label in SHOWN.items():
         curve = [update[name] for update in history if name in update]
         if curve:
             means = [sum(part) / len(part) for part in chunks(curve, math.ceil(len(curve) / 60))]
@@ -2068,7 +2012,7 @@ def plot(folders: Sequence[Path], target: Path) -> None:
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(14, 6), layout="constrained")
-    for axes, (label, name) in zip(picture.subplots(2, 4).flat, CURVES.items()):
+    for axes, (name, label) in zip(picture.subplots(2, 4).flat, SHOWN.items()):
         for folder in folders:
             curve = [update[name] for update in ppo_updates(folder) if name in update]
             axes.plot(range(1, len(curve) + 1), curve, label=folder.name)
@@ -2189,17 +2133,13 @@ def train_tokenizer(posts: Sequence[Post], template: str, vocab_size: int) -> Pr
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<|endoftext|>", "<|padding|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    special = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet(), "show_progress": False}
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[*special.values()], **options)
     bpe.train_from_iterator((text[:10_000] for p in posts for text in (p.title, p.post, " " + p.summary)), trainer)
     # Without the space that ends a piece: it belongs to the next word, which then looks the same wherever it stands.
     bpe.add_tokens([literal.rstrip(" ") for literal, *_ in Formatter().parse(template) if literal.strip()])
     chat = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n\n{% endfor %}assistant:"
-    special = {"eos_token": "<|endoftext|>", "pad_token": "<|padding|>"}
     return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=chat, **special)
 
 
@@ -2252,7 +2192,8 @@ def compare(run: Run) -> None:
                 records += compared_by(labeler, post, (writer, better), (writer, worse), tie, (i + k) % 2 == 1)
             stranger = (OTHER_POST, drafts[(i + 1) % len(posts)][0])
             records += compared_by(labeler, post, (writer, drafts[i][0]), stranger, tie, i % 2 == 0)
-        refuse(not records, f"the labeler saw no difference between any two samples for the {split} posts")
+        remedy = "give more posts, --data.comparisons-train, or a lower --compare.tie"
+        refuse(not records, f"the labeler sees no difference between any two samples for the {split} posts: {remedy}")
         if writer == "ppo" and split == "train":  # another round: what was compared before is kept
             remedy = "a new round of comparisons needs an earlier --from-run"  # not what a stage cut short left here
             earlier = run.find("data/comparisons_train.jsonl", remedy, own=False)
@@ -2326,7 +2267,7 @@ class Labeler:
         return sum(word not in self.known and word not in own for word in words) / max(1, len(words))
 
     def is_repetitive(self, summary: str) -> bool:
-        """Whether a summary says a word three times that is no word of every post."""
+        """Whether a summary says a word three times that at most a tenth of the posts hold."""
         return any(count >= 3 and self.rarity(word) for word, count in Counter(self.words(summary)).items())
 
 
@@ -2428,7 +2369,7 @@ class Compare:
     # K, samples per post at the PPO temperature; the labeler ranks them, every pair is a comparison [8, section 3.5],
     # and the first sample is compared with one for another post.
     samples: int = 2
-    tie: float = 0.05  # The labeler's scores that differ by no more are a tie: their order would be noise.
+    tie: float = 0.05  # The labeler's scores that differ by no more than this are a tie: their order would be noise.
     # Whose samples: with ppo another round begins [5, section 3.1; 8]: the policy of --from-run is sampled, and its
     # comparisons are kept beside the new ones.
     policy: Literal["sft", "ppo"] = "sft"
@@ -2512,10 +2453,10 @@ class PPO:
     def kl_kind(self) -> Literal["k1", "k2", "k3"]:
         return self.kl_estimator or ("k1" if self.kl_in == "reward" else "k2")
 
-    def after(self, update: list[dict[str, float]]) -> PPO:
+    def after(self, updates: list[dict[str, float]]) -> PPO:
         """With the price of KL(old to new) that the last update, if there was one, asks for [1, eq. 8]."""
-        coef = update[0].get("policy/next_penalty_coef", self.penalty_coef) if update else self.penalty_coef
-        return replace(self, penalty_coef=coef)
+        last = updates[-1] if updates else {}
+        return replace(self, penalty_coef=last.get("policy/next_penalty_coef", self.penalty_coef))
 
 
 @dataclass(frozen=True)
@@ -2587,7 +2528,7 @@ class Config:
     # run is repeated with each, in folders FOLDER-VALUE, and a table compares what came of it.
     sweep: tuple[str, ...] = ()
     seed: int = 1  # Seed of everything random but the corpus's split: shuffles, samples, new weights [D25].
-    track: bool = False  # Write TensorBoard curves too (needs pip install pmo[track]).
+    track: bool = False  # Write TensorBoard curves too (needs pip install tensorboard).
     data: Data = Data()
     pretrain: Pretrain = Pretrain()
     sft: SFT = SFT()
@@ -2812,18 +2753,6 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 LOCK = "lock"  # held by the process that writes
 STATE = "checkpoint.pt"  # how far a run has come; gone when it is finished
 
-SHOWN = {
-    "loss/response": "loss",
-    "accuracy": "accuracy",
-    "objective/scores": "score",
-    "objective/labeler": "labeler",
-    "objective/kl": "kl",
-    "policy/entropy": "entropy",
-    "policy/clipfrac": "clipfrac",
-    "policy/approxkl": "approxkl",
-    "val/eos_rate": "eos",
-}
-
 
 class Run:
     """A run's folder: its data and models, its log, and how far it has come."""
@@ -2896,14 +2825,9 @@ class Run:
 
     def path(self, name: str) -> str | Path:
         """Where the base, sft, reward or ppo model is: given, or made by this run or an earlier one."""
-        config = self.config
-        given, flag, stage = {
-            "base": (config.model, "--model", "pretrain"),
-            "sft": (config.sft_model, "--sft-model", "sft"),
-            "reward": (config.reward_model, "--reward-model", "reward"),
-            "ppo": (config.ppo_model, "--ppo-model", "ppo"),
-        }[name]
-        return given or self.find(name, f"run stage {stage}, or give {flag} or --from-run")
+        flag, stage = ("model", "pretrain") if name == "base" else (f"{name}-model", name)
+        given = getattr(self.config, flag.replace("-", "_"))
+        return given or self.find(name, f"run stage {stage}, or give --{flag} or --from-run")
 
     def codec(self, model: str) -> Codec:
         return Codec(load_tokenizer(self.path(model)), self.config.data)
@@ -2944,8 +2868,7 @@ class Run:
     def log(self, statistics: dict[str, float]) -> None:
         """One line of metrics.jsonl; the numbers that matter on the screen."""
         for name, value in statistics.items():
-            if not math.isfinite(value):
-                raise Stopped(f"{name} is {value} [D22]")
+            refuse(not math.isfinite(value), f"{name} is {value} [D22]", Stopped)
         seconds = round(time.monotonic() - self.started, 3)
         self.append("metrics.jsonl", {"stage": self.stage, "step": self.step, "seconds": seconds} | statistics)
         for name, value in statistics.items() if self.writer else ():
@@ -2964,7 +2887,7 @@ class Run:
     # steps, and how far the run has come
 
     def enter(self, stage: str) -> None:
-        self.stage, self.entered, self.saved = stage, time.monotonic(), time.monotonic()
+        self.stage, self.step, self.entered, self.saved = stage, 0, time.monotonic(), time.monotonic()
         self.say(f"\n== {stage}")
 
     def leave(self) -> None:
@@ -3070,7 +2993,8 @@ class Run:
         if self.untouched or not isinstance(error, Stopped):
             return error
         goes_on = f"once that is mended, --resume {self.folder} goes on from before"
-        return Stopped(f"{self.stage}, step {self.step + 1}: {error}; {goes_on}")
+        step = "" if self.stage in ("corpus", "compare", "evaluate") else f", step {self.step + 1}"
+        return Stopped(f"{self.stage}{step}: {error}; {goes_on}")
 
     def finish(self) -> None:
         if importlib.util.find_spec("matplotlib") and ppo_updates(self.folder):
@@ -3094,7 +3018,7 @@ def check_places(config: Config) -> None:
         if isinstance(value, str):
             check_name(value)
     no_tensorboard = config.track and importlib.util.find_spec("tensorboard") is None
-    refuse(no_tensorboard, "--track needs TensorBoard: pip install 'pmo[track]'")
+    refuse(no_tensorboard, "--track needs TensorBoard: pip install tensorboard")
     judge = config.evaluate.judge
     if judge not in ("labeler", "reward") and not Path(judge).is_dir():
         load_function("--evaluate.judge", judge)
@@ -3172,7 +3096,7 @@ def fresh_folder(folder: Path | None) -> Path:
             return fresh_folder(None)
         raise InputError(f"--folder {folder} exists: choose another, or remove it") from None
     except OSError as error:
-        raise InputError(f"--folder {folder}: cannot write there ({error.strerror})") from None
+        raise InputError(f"--folder {folder or 'runs'}: cannot write there ({error.strerror})") from None
 
 
 def stored(folder: Path) -> dict:
@@ -3271,7 +3195,8 @@ def sweep(config: Config) -> None:
     folders = [base.with_name(f"{base.name}-{name}") for name in names]  # a value may be a path
     rows = [{flag: v} | outcome(start(replace(r, folder=f))) for v, r, f in zip(values, runs, folders)]
     if os.environ.get("RANK", "0") == "0":
-        print(table([[*rows[0]], *([*row.values()] for row in rows)]))
+        names = list(dict.fromkeys(chain(*rows)))
+        print(table([names, *([row.get(name, "") for name in names] for row in rows)]))
         if importlib.util.find_spec("matplotlib") and any(map(ppo_updates, folders)):
             write_whole(base.with_name(f"{base.name}-curves.png"), partial(plot, folders))
 
