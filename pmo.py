@@ -1509,20 +1509,22 @@ class Codec:
 
     @cached_property
     def spelled(self) -> re.Pattern:
-        """The first character of any special token that a text spells."""
+        """Any special token, as a text may spell it."""
         special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        return re.compile(rf"(?=(?:{'|'.join(map(re.escape, special))}))(.)", re.DOTALL)
+        return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or SEAM)
 
     def conversation(self, messages: list[dict[str, str]]) -> list[int]:
         """Up to where the answer begins, in the tokenizer's template, which alone has special tokens (BOS, too, if it
-        wants one): what spells one in a message is cut at a SEAM, and stays text."""
+        wants one): what spells one in a message stands between two SEAMs, and stays text."""
         name = self.tokenizer.name_or_path
         refuse(not self.tokenizer.chat_template, f"{name}: no chat template, and the data's prompts are conversations")
-        messages = [{key: self.spelled.sub(rf"\1{SEAM}", text) for key, text in m.items()} for m in messages]
+        plain = partial(self.spelled.sub, rf"{SEAM}\g<0>{SEAM}")
+        messages = [{key: plain(text.replace(SEAM, "")) for key, text in message.items()} for message in messages]
         with one_line(f"{name}: chat template, for {messages[-1]['content'][:60]!r}"):
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        parts = text.split(SEAM)
-        return list(chain(*self.encode(parts[:1], special=True), *self.encode(parts[1:], special=True, seam=self.seam)))
+        parts = enumerate(text.split(SEAM))
+        rows = [self.encode([part], special=i % 2 == 0, seam=self.seam if i else ()) for i, part in parts]
+        return list(chain(*chain(*rows)))
 
     def uncut(self, posts: Sequence[Post]) -> list[list[int]]:
         """The template filled in [D1], or the prompt, however long; of a post beyond all measure only the beginning."""
