@@ -60,7 +60,7 @@ if [ ! -f "$DATA/comparisons_train.jsonl" ] || [ ! -f "$DATA/comparisons_valid.j
 fi
 
 cat <<'END'
-What one GPU needs, computed, not measured (README, "Memory"; micro-batches of 8 rows; hours at 400 TFLOP/s):
+What one GPU needs, computed, not measured (README on memory; micro-batches of 8 rows; hours at 400 TFLOP/s):
                  SFT            reward model   PPO, training   and sampling
   Pythia 1B       24 GB 0.2 h    31 GB 0.3 h    55 GB  16 h     60 GB (SAMPLE=256)
   Pythia 2.8B     63 GB 0.5 h    82 GB 0.9 h   149 GB  43 h    121 GB (SAMPLE=128); MICRO=4 trains in 135 GB
