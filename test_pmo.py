@@ -4247,8 +4247,8 @@ def test_words_of_every_script_count(text):
     "D24: never claim more than was measured", *RUN_NEEDS, "marks_of", "report", "compare_marks",
 )  # fmt: skip
 def test_what_nobody_wrote_is_not_measured():
-    path, few = workshop() / "unanswered.jsonl", toy_posts(12)
-    for kept in (0, 3):
+    path, few = workshop() / "unanswered.jsonl", toy_posts(36)
+    for kept in (0, 3, 30):
         posts = [post if i < kept else post._replace(summary="") for i, post in enumerate(few)]
         impl.write_records([post.fields() for post in posts], path)
         config = with_flag(stage_config(f"unanswered {kept}", "evaluate"), "data.valid", path)
@@ -4265,14 +4265,11 @@ def test_what_nobody_wrote_is_not_measured():
             assert alone["author"]["rouge_l"] == 1.0 and alone["author"]["eos"] == 1.0
             own = marks["PPO T=0.01"]["labeler"][:kept] - marks["author"]["labeler"][:kept]
             wins = ((own > 0) + (own == 0) / 2).mean()
-            assert pairs["PPO T=0.01 against author"]["win rate"][0] == pytest.approx(wins)
-        for row in pairs.values():
-            assert row.keys() - {"same length"} == {
-                "win rate",
-                "margin gain",
-                "score gain",
-                *["rouge_l gain"] * (kept > 0),
-            }
+            found = pairs["PPO T=0.01 against author"].get("win rate")
+            assert found is None if kept == 3 else found[0] == pytest.approx(wins), "three are not enough"
+        for row in (pairs[pair] for pair in pairs if "author" not in pair):
+            gains = {"win rate", "margin gain", "score gain", *["rouge_l gain"] * (kept == 30)}
+            assert row.keys() - {"same length"} == gains
 
 
 @law(
@@ -7260,6 +7257,8 @@ MUTANTS = [
     Mutant("words are ASCII", "test_words_of_every_script_count", "[^\\W_{ALONE}]+", "[a-z0-9]+"),
     Mutant("Chinese has no words", "test_words_of_every_script_count", 'WORD = re.compile(rf"[{ALONE}]|', 'WORD = re.compile(rf"[{ALONE}]+|'),
     Mutant("the labeler reads ASCII alone", "test_words_of_every_script_count", "[^\\W\\d_{ALONE}]{{2,}}|[^\\W\\d_\\x00-\\x7f]", "[a-z]{{2,}}"),
+    Mutant("who wrote nothing loses", "test_what_nobody_wrote_is_not_measured", '"win rate": wins[both]', '"win rate": wins'),
+    Mutant("three posts tell a win rate", "test_what_nobody_wrote_is_not_measured", "enough = min(30, len(wins))", "enough = min(3, len(wins))"),
     Mutant("what cannot be measured is 0", "test_what_nobody_wrote_is_not_measured", "for post in of]] = np.nan", "for post in of]] = 0.0"),
     Mutant("an author who wrote nothing is judged", "test_what_nobody_wrote_is_not_measured", "np.where(written, x, np.nan)", "x"),
     Mutant("rounds forget a conversation", "test_samples_of_prompts_are_compared_as_they_are", 'info = {"prompt": post.prompt} if post.prompt else info', "pass"),
