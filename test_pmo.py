@@ -5401,7 +5401,7 @@ def test_tracking_writes_the_metrics():
     config = replace(config, ppo=replace(config.ppo, total_episodes=16))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "torch.utils.tensorboard", module)
-        patch.setattr(importlib.util, "find_spec", lambda name: module)
+        patch.setattr(importlib.util, "find_spec", lambda name: module if name == "tensorboard" else None)
         folder = impl.start(config)
         patch.setattr(importlib.util, "find_spec", lambda name: None)
         message = config_error(lambda: impl.Run(replace(config, folder=folder.with_name("untracked"))))
