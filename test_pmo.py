@@ -4409,7 +4409,7 @@ def test_shown_samples_belong_to_their_models():
         config = stage_config(f"shown {T}", "ppo")
         run = impl.Run(replace(config, data=replace(config.data, response_tokens=T)))
         models, codec = impl.load_models(run), run.codec("sft")
-        models = models._replace(policy=impl.load_policy(folder / "base"))
+        models = models._replace(policy=impl.load_policy(folder / "ppo"))
         impl.show_sample(run, 3, posts, codec, models)
         record = json.loads((run.folder / "samples.jsonl").read_text())
         queries, noise = codec.queries([posts[3]]), impl.noise(1, "show", [3], T)
@@ -4417,7 +4417,9 @@ def test_shown_samples_belong_to_their_models():
         for name, policy in (("sft", models.ref_policy), ("ppo", models.policy)):
             written[name] = impl.sample(policy, queries, noise, 0.01, codec.eos_id, engine())
         assert written["sft"] != written["ppo"] or T < 16, "the example needs two models that write different things"
-        assert (written["sft"][0][-1] == codec.eos_id) == (T == 16), "and one that does not end in time"
+        for name in ("sft", "ppo"):
+            assert (written[name][0][-1] == codec.eos_id) == (T == 16), "they should end, or not, in time"
+        assert written["ppo"] != written["author"], "the example needs a text that is not the author's"
         for name, responses in written.items():
             assert record[name] == codec.text(responses[0])
             score = impl.scores_of(models.reward_model, impl.Batch(queries, responses), engine()).item()
@@ -5213,8 +5215,8 @@ def test_bad_signs_are_said_once():
         ("policy/first_abs_log_ratio", 0.03, "ratio"), ("val/eos_rate", 0.4, "end"), ("policy/clipfrac", 0.6, "clipped"),
         ("objective/kl", -0.5, "negative"),
     ):  # fmt: skip
-        (warning,) = impl.bad_signs([fine] * 3 + [fine | {name: value}])
-        assert word in warning
+        warnings = [*impl.bad_signs([fine] * 3 + [fine | {name: value}])]
+        assert len(warnings) == 1 and word in warnings[0]
     for first, score, labeler, hacked in (
         (0.2, 2.0, 0.17, True), (0.2, 2.0, 0.19, False), (0.2, 0.5, 0.1, False), (-0.05, 2.0, -0.06, False),
     ):  # fmt: skip
