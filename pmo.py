@@ -743,8 +743,9 @@ def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: 
     record = {"update": update} | post.fields()
     run.say(headline(post))
     for name, responses in written.items():
-        score = outcome_scores(models.reward_model, [post], codec, engine, Batch(queries, responses)).item()
-        score = score if responses[0][-1] == codec.eos_id else config.ppo.missing_eos_score
+        score = outcome_scores(models.reward_model, [post], codec, engine, Batch(queries, responses))
+        has_eos = torch.tensor([responses[0][-1] == codec.eos_id], device=score.device)
+        score = penalize_missing_eos(score, has_eos, config.ppo.missing_eos_score).item()
         record |= {name: codec.text(responses[0]), f"{name}_score": score}
         run.say(f"    {name:7} {score:6.2f}  {record[name]}")
     run.append("samples.jsonl", record)
@@ -1408,7 +1409,8 @@ def parse_comparison(record: dict) -> Comparison:
         policies = " vs ".join(sorted(str(summary.get("policy", "unknown")) for summary in summaries))
         of = {"policy": policies, "batch": record.get("batch"), "confidence": extra.get("confidence")}
         kinds = [text_field({name: str(kind)}, name) for name, kind in of.items() if kind is not None]
-        kinds[-1] = f"confidence {kinds[-1]}" if of["confidence"] is not None else kinds[-1]
+        if of["confidence"] is not None:
+            kinds[-1] = f"confidence {kinds[-1]}"
         info = {name: value for name, value in info.items() if value is not None}  # the Hub's copies have all names
         if "article" in info and "post" not in info:
             info, kinds = {"subreddit": "news", "title": "", "post": info["article"]} | info, [*kinds, "news articles"]
@@ -1435,8 +1437,8 @@ def read_records(path: Path, parse: Callable[[dict], NamedTuple]) -> tuple[list,
     with one_line(str(path)), lines_of(path) as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8") if isinstance(line, bytes) else ""
-                record = json.loads(text) if isinstance(line, bytes) else line
+                encoding = "utf-8-sig" if number == 1 else "utf-8"
+                record = line if isinstance(line, dict) else json.loads(line.decode(encoding))
                 refuse(not isinstance(record, dict), "not a JSON object")
                 records.append(parse(record))
             except (ValueError, RecursionError) as error:
@@ -1934,11 +1936,11 @@ def share_with_interval(wins: np.ndarray) -> tuple[float, float, float]:
 def report(run: Run, posts: list[Post], texts: dict[str, list[str]], marks: dict[str, Marks], prefer: Callable) -> None:
     """Table, controls, samples, verdict; eval.json, and eval.jsonl with all summaries, before a judge may fail."""
     labeler = "the labeler that made the preferences" if run.labeler_chose else "word overlap, not those who chose"
-    known, judge = {"labeler": labeler, "reward": "what PPO was trained on"}, run.config.evaluate.judge
-    judge = known.get(judge, judge)
+    judges, judge = {"labeler": labeler, "reward": "what PPO was trained on"}, run.config.evaluate.judge
+    judge = judges.get(judge, judge)
     cold, warm = (f"T={t}" for t in (run.config.evaluate.temperature, run.config.ppo.temperature))
-    known = {writer: {name: x[~np.isnan(x)] for name, x in row.items()} for writer, row in marks.items()}
-    means = {writer: {name: float(x.mean()) for name, x in row.items() if len(x)} for writer, row in known.items()}
+    there = {writer: {name: x[~np.isnan(x)] for name, x in row.items()} for writer, row in marks.items()}
+    means = {writer: {name: float(x.mean()) for name, x in row.items() if len(x)} for writer, row in there.items()}
     names = list(dict.fromkeys(chain(*means.values())))
     cells = [[name, *(f"{row[name]:.3f}" if name in row else "" for row in means.values())] for name in names]
     run.say(table([[f"{len(posts)} held-out posts", *means], *cells]))
@@ -2223,15 +2225,20 @@ class Labeler:
     """The default run's stand-in for the human: which of two summaries is more about *this* post, and says only that?
 
     TF-IDF cosine between the summary's words, each once, and the post (title counted twice), less a penalty for each
-    word that the post does not hold or that was said already. Words that fit every post weigh nothing in either, so
-    style alone earns nothing. Document frequencies come from the training posts. Scores make comparisons and judge the
-    end result; reward model and PPO never see them.
+    word that the post does not hold, or, if longer, that was said already. Words that fit every post weigh nothing in
+    either, so style alone earns nothing. Document frequencies come from the training posts. Scores make comparisons and
+    judge the end result; reward model and PPO never see them.
     """
 
     def __init__(self, posts: Sequence[Post]) -> None:
-        self.posts = len(posts)
+        self.posts = posts
         self.seen_in = Counter(word for post in posts for word in set(self.words(post)))
-        self.known = {word for post in posts for text in post.fields().values() for word in STEM.findall(text.lower())}
+
+    @cached_property
+    def known(self) -> set[str]:
+        """Every word of the training posts and summaries: only the evaluation asks for it."""
+        texts = chain.from_iterable(post.fields().values() for post in self.posts)
+        return {word for text in texts for word in STEM.findall(text.lower())}
 
     @staticmethod
     def words(text: str | Post) -> list[str]:
@@ -2241,7 +2248,7 @@ class Labeler:
 
     def rarity(self, word: str) -> float:
         """log(0.1 · N / df), and 0 for words in over a tenth of the posts."""
-        return max(0.0, math.log(0.1 * (self.posts + 1) / (self.seen_in[word] + 1)))
+        return max(0.0, math.log(0.1 * (len(self.posts) + 1) / (self.seen_in[word] + 1)))
 
     def weights(self, words: list[str]) -> dict[str, float]:
         """Unit vector of (1 + log tf) · rarity."""
@@ -2260,7 +2267,7 @@ class Labeler:
         cosine = sum(weight * about.get(word, 0.0) for word, weight in said_once.items())
         unsupported = sum(self.rarity(word) for word in words if word not in about)
         again = sum(len(word) > 3 and word in words[:i] for i, word in enumerate(words))
-        u = unsupported / max(1.0, math.log(0.1 * (self.posts + 1))) + again
+        u = unsupported / max(1.0, math.log(0.1 * (len(self.posts) + 1))) + again
         return cosine - 0.2 * u / (1 + u)
 
     def invented(self, post: Post, summary: str) -> float:

@@ -4316,16 +4316,20 @@ def test_parquet_is_read_where_it_can_be():
     assert "1 of 151 records are unusable: line 151: field 'prompt' is missing or not text" in complaint
 
 
+def readme_text() -> str:
+    readme = Path(impl.__file__).resolve().parent / "README.md"
+    if not readme.exists():
+        pytest.skip("missing: README.md lies beside pmo.py")
+    return readme.read_text(encoding="utf-8")
+
+
 @law(
     "README's examples of one's own data run as they stand there, and end in what they say: a reward model or a rule, and an "
     "evaluation",
     "README: Your own data and models", *PROGRAM,
 )  # fmt: skip
 def test_readmes_examples_run():
-    readme = Path(impl.__file__).resolve().parent / "README.md"
-    if not readme.exists():
-        pytest.skip("missing: README.md lies beside pmo.py")
-    section = readme.read_text(encoding="utf-8").partition("### Your own data and models")[2]
+    section = readme_text().partition("### Your own data and models")[2]
     (example,) = re.findall(r"^```sh\n(.*?)^```", section.partition("\n### ")[0], re.MULTILINE | re.DOTALL)
     folder = workshop() / "examples"
     (folder / "bin").mkdir(parents=True)
@@ -4678,10 +4682,7 @@ def test_the_commit_says_when_it_is_not_what_ran():
     "README: the details, and their place in pmo.py", *PROGRAM,
 )  # fmt: skip
 def test_every_detail_stands_where_readme_says():
-    readme = Path(impl.__file__).resolve().parent / "README.md"
-    if not readme.exists():
-        pytest.skip("missing: README.md lies beside pmo.py")
-    rows = re.findall(r"^\| (D\d+) \|[^|]*\|([^|]*)\|([^|]*)\|", readme.read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| (D\d+) \|[^|]*\|([^|]*)\|([^|]*)\|", readme_text(), re.MULTILINE)
     assert [tag for tag, _, _ in rows] == [f"D{i}" for i in range(1, 26)]
     for tag, places, tests in rows:
         for place in re.findall(r"`([\w.]+)`", places):
@@ -7310,7 +7311,7 @@ MUTANTS = [
     Mutant("the picture is of the first run", "test_curves_are_drawn_of_each_run", "for update in ppo_updates(folder) if name", "for update in ppo_updates(folders[0]) if name"),
     Mutant("a refused run leaves its folder", "test_a_refused_run_leaves_no_folder", "if self.untouched and self.engine", "if False and self.engine"),
     Mutant("a refused run takes its data with it", "test_a_refused_run_leaves_no_folder", 'self.untouched &= name in ("config.json", STATE)', "pass"),
-    Mutant("a summary's words are known", "test_invented_words_and_repetitions_are_counted", "for text in post.fields().values() for word", "for text in (post.title, post.post) for word"),
+    Mutant("a summary's words are known", "test_invented_words_and_repetitions_are_counted", "chain.from_iterable(post.fields().values() for", "chain.from_iterable((post.title, post.post) for"),
     Mutant("a post's own words are invented", "test_invented_words_and_repetitions_are_counted", "not in self.known and word not in own", "not in self.known"),
     Mutant("twice is repetitive", "test_invented_words_and_repetitions_are_counted", "count >= 3 and", "count >= 2 and"),
     Mutant("any word is repetitive", "test_invented_words_and_repetitions_are_counted", "count >= 3 and self.rarity(word)", "count >= 3"),
@@ -7323,7 +7324,7 @@ MUTANTS = [
     Mutant("a negative KL alarms nobody", "test_bad_signs_are_said_once", 'if last["objective/kl"] < -4 *', 'if last["objective/kl"] < -400 *'),
     Mutant("the KL's error is its deviation", "test_rollout_statistics_are_what_their_names_say", "((kl.var(correction=0) + 1) / len(kl)).sqrt()", "(kl.var(correction=0) + 1).sqrt()"),
     Mutant("the KL that stops is the step's", "test_bad_signs_are_said_once", '(kl := statistics["objective/kl"])', '(kl := statistics["policy/approxkl"])'),
-    Mutant("a shown sample without EOS has the reward model's score", "test_shown_samples_belong_to_their_models", "score = score if responses[0][-1] == codec.eos_id else config.ppo.missing_eos_score", "pass"),
+    Mutant("a shown sample without EOS has the reward model's score", "test_shown_samples_belong_to_their_models", "score = penalize_missing_eos(score, has_eos, config.ppo.missing_eos_score).item()", "score = score.item()"),
     Mutant("SFT's epochs are whole ones", "test_what_is_asked_for_in_pretraining_and_sft", "max(1, round(config.epochs * len(batch))))\n    steps", "round(config.epochs) * len(batch))\n    steps"),
     Mutant("the held-out loss is a mean over padding", "test_held_out_figures_are_the_saved_models", "return -batch_logprobs(model, batch, 1.0, engine).sum().item() / batch.response_tokens", "return -batch_logprobs(model, batch, 1.0, engine).mean().item()"),
     Mutant("a part of a batch is an update", "test_contradictions_are_refused_with_both_numbers", "return self.total_episodes // self.batch_size", "return -(-self.total_episodes // self.batch_size)"),
