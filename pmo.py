@@ -25,8 +25,8 @@ The file is to be read from its top. Sections 1 to 5 are the method, the others 
     1 maths   2 PPO   3 SFT and reward model   4 models   5 data
     6 evaluation   7 the default run (corpus, tokenizer, labeler)   8 config (every flag)   9 runtime   10 main
 
-To change what is credited (another baseline): `credit`; how far a step may go: `policy_loss`, called in `ppo_losses`;
-where the KL is paid: `shape_rewards` and `ppo_losses`; what is scored: `outcome_scores`; which models there are:
+To change what is credited (another baseline): `credit`; how far a step may go: `policy_loss`, called in `policy_losses`;
+where the KL is paid: `shape_rewards` and `policy_losses`; what is scored: `outcome_scores`; which models there are:
 `load_models`; flags: section 8.
 
 Departures from the code of [4], each because of a fault or for a reason given at the place:
@@ -309,8 +309,8 @@ def ppo(run: Run) -> None:
         rollout = replace(credit(rollout, rewards, config), room=T, shown=shown)
         # 6. K epochs of minibatches, each in a new order, and 7. an optimizer step for each minibatch.
         natural = natural_step(models.policy, rollout, config, engine)
-        losses = partial(ppo_losses, models, config)
-        steps = [optimizer_step(engine, optimizer, rollout[rows], losses) for rows in chain(*epochs)]
+        losses = ppo_losses(models, config)
+        steps = [optimizer_step(engine, optimizer, rollout[rows], *losses) for rows in chain(*epochs)]
         optimizer.zero_grad()  # the gradients' memory is for what the next update samples
         statistics = natural | update_statistics(models.policy, rollout, steps, config, engine)
         history.append(statistics | label_statistics(labeler, asked, batch, codec))
@@ -366,9 +366,14 @@ class Rollout:
     def __getitem__(self, rows: Sequence[int]) -> Rollout:
         """These episodes, as wide as their longest response."""
         T = max(len(self.batch.responses[i]) for i in rows)
-        fields = {name: x if x is None or name == "room" else x[rows] for name, x in vars(self).items()}
-        trimmed = {name: x[:, :T] for name, x in fields.items() if isinstance(x, Tensor) and x.dim() == 2}
-        return Rollout(**fields | trimmed)
+        given = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        picked = {name: x if x is None or name == "room" else x[rows] for name, x in given.items()}
+        trimmed = {name: x[:, :T] for name, x in picked.items() if isinstance(x, Tensor) and x.dim() == 2}
+        return Rollout(**picked | trimmed)
+
+    @cached_property
+    def layout(self) -> Layout:
+        return lay_out(self.batch, self.mask.device)
 
     def parts(self, size: int) -> list[tuple[list[int], int, int]]:
         return self.batch.parts(size)
@@ -392,7 +397,8 @@ def read_tokens(
     groups = [[rows[i] for i in group] for rows in first_epoch for group in micro_batches(batch[rows], size)]
 
     def policy_and_value(layout: Layout) -> list[Tensor]:
-        logits, values = logits_and_values(models.policy, models.value_model, layout)
+        logits, hidden = response_logits(models.policy, layout)
+        values = values_of(models.value_model, layout, hidden)
         return [logprobs_of(logits, layout.responses, temperature), entropy_of(logits, temperature), values]
 
     logprobs, entropy, values = map_rows(batch, engine, policy_and_value, groups)
@@ -440,24 +446,26 @@ def minibatches(seed: int, update: int, epoch: int, config: PPO) -> list[list[in
     return chunks([query * G + g for query in order for g in range(G)], config.minibatch_size)
 
 
-def ppo_losses(models: Models, config: PPO, part: Rollout, whole: Rollout) -> dict[str, Tensor]:
-    """The shares of a micro-batch in the loss and statistics of its minibatch [1, eq. 9; D18]."""
-    layout = lay_out(part.batch, part.mask.device)
-    logits, values = logits_and_values(models.policy, models.value_model, layout)
+def ppo_losses(models: Models, config: PPO) -> list[Losses]:
+    """Policy loss + c · value loss [1, eq. 9]. Two models' go backward one after the other: that adds up to the same
+    gradients, and holds the activations of one at a time."""
+    separate = isinstance(models.value_model, ScalarModel)
+    return [partial(each, models, config) for each in (policy_losses, value_losses)[: 1 + separate]]
+
+
+def policy_losses(models: Models, config: PPO, part: Rollout, whole: Rollout) -> dict[str, Tensor]:
+    """The shares of a micro-batch in the policy's loss and statistics of its minibatch [1, eq. 7]."""
+    logits, hidden = response_logits(models.policy, part.layout)
     # Zeroed padding first: what stands there must not meet exp() or a square, whose NaN gradients no mask removes.
-    logprobs = logprobs_of(logits, layout.responses, config.temperature).masked_fill(~part.mask, 0)  # [D13]
-    values = values.masked_fill(~part.mask, 0)
+    logprobs = logprobs_of(logits, part.layout.responses, config.temperature).masked_fill(~part.mask, 0)  # [D13]
     if config.objective == "constraint":
         logprobs = logprobs.detach()  # `natural_step` has moved the policy; what is left is to learn values
     cliprange = config.cliprange if config.objective == "clip" else math.inf
-    policy_losses = policy_loss(logprobs, part.logprobs, part.advantages, cliprange)
-    value_losses = value_loss(values, part.values, part.returns, config.cliprange_value)
+    losses = policy_loss(logprobs, part.logprobs, part.advantages, cliprange)
 
     token_mean = partial(minibatch_share, mask=part.mask, whole=whole.mask)  # whatever the loss is [D23]
     share = partial(token_mean, average=config.average, room=whole.room)
-    loss = share(policy_losses)
-    if config.learns_values:
-        loss = loss + config.vf_coef * share(value_losses)
+    loss = share(losses)
     if config.objective in ("penalty", "adaptive"):  # KL(π_old ‖ π) [1, eq. 8]
         loss = loss + config.penalty_coef * share(kl_estimate(part.logprobs, logprobs, "k3"))
     if whole.shown is not None:  # PPO-ptx [8, eq. 2]: the policy keeps its demonstrations likely
@@ -468,28 +476,41 @@ def ppo_losses(models: Models, config: PPO, part: Rollout, whole: Rollout) -> di
         log_ratio = logprobs - part.logprobs
         unclipped = -log_ratio.exp() * part.advantages
         statistics = {
-            "loss/policy": share(policy_losses),
+            "loss/policy": share(losses),
             "policy/approxkl": token_mean(log_ratio.square() / 2),
-            "policy/clipfrac": token_mean((policy_losses > unclipped).float()),
+            "policy/clipfrac": token_mean((losses > unclipped).float()),
             "policy/abs_log_ratio": token_mean(log_ratio.abs()),
             "val/ratio": token_mean(log_ratio.exp()),
         }
-        if config.learns_values:
-            clipped = 2 * value_losses > (values - part.returns).square()
-            statistics |= {"loss/value": share(value_losses), "val/clipfrac": token_mean(clipped.float())}
-    return {"loss": loss} | statistics
+    shares = {"loss": loss} | statistics
+    if isinstance(models.value_model, ValueHead):  # it reads the hidden states of the same forward pass
+        of_values = value_losses(models, config, part, whole, hidden)
+        shares |= of_values | {"loss": loss + of_values["loss"]}
+    return shares
+
+
+def value_losses(
+    models: Models, config: PPO, part: Rollout, whole: Rollout, hidden: Tensor | None = None
+) -> dict[str, Tensor]:
+    """The same of the values, of a value model or of the policy's hidden states [1, eq. 9; D18]."""
+    values = values_of(models.value_model, part.layout, hidden).masked_fill(~part.mask, 0)
+    losses = value_loss(values, part.values, part.returns, config.cliprange_value)
+    loss = minibatch_share(losses, part.mask, whole.mask, config.average, whole.room)
+    clipped = (2 * losses > (values - part.returns).square()).float()
+    statistics = {"loss/value": loss.detach(), "val/clipfrac": minibatch_share(clipped, part.mask, whole.mask)}
+    return {"loss": config.vf_coef * loss} | statistics
 
 
 def optimizer_step(
-    engine: Engine, optimizer: torch.optim.Optimizer, minibatch: Minibatch, losses: Losses
+    engine: Engine, optimizer: torch.optim.Optimizer, minibatch: Minibatch, *losses: Losses
 ) -> dict[str, float]:
     """One step on a minibatch, in micro-batches of similar length. Every stage learns through this function.
 
-    `losses(part, whole)` returns the shares of the micro-batch `part` in each statistic of the minibatch `whole`,
+    Each of `losses(part, whole)` returns the shares of the micro-batch `part` in statistics of the minibatch `whole`,
     "loss" among them: so gradients and statistics of the parts simply add up [D20].
     """
     optimizer.zero_grad()
-    totals = accumulate(engine, minibatch, losses)
+    totals = accumulate(engine, minibatch, *losses)
     totals["grad_norm"] = engine.finish_gradients(optimizer)
     statistics = {name: float(total) for name, total in totals.items()}
     for name in ("loss", "grad_norm"):  # [D22]
@@ -499,14 +520,18 @@ def optimizer_step(
     return statistics | {"lr": optimizer.param_groups[0]["lr"]}
 
 
-def accumulate(engine: Engine, minibatch: Minibatch, losses: Losses) -> dict[str, Tensor]:
+def accumulate(engine: Engine, minibatch: Minibatch, *losses: Losses) -> dict[str, Tensor]:
     """The gradient of a minibatch's loss, and all its statistics: the sums over its micro-batches."""
     totals: dict[str, Tensor] = {}
     for rows, counts in engine.shard(micro_batches(minibatch, engine.micro_batch_size)):
-        with engine.autocast():
-            shares = losses(minibatch[rows], minibatch)
-        engine.backward(shares["loss"] * counts)
-        totals = {name: totals.get(name, 0.0) + share.detach() * counts for name, share in shares.items()}
+        part = minibatch[rows]
+        for shares_of in losses:
+            with engine.autocast():
+                shares = shares_of(part, minibatch)
+            if shares["loss"].requires_grad:  # the policy's does not where `natural_step` has moved it
+                engine.backward(shares["loss"] * counts)
+            for name, share in shares.items():
+                totals[name] = totals.get(name, 0.0) + share.detach() * counts
     engine.all_reduce([*totals.values()])
     return totals
 
@@ -528,8 +553,7 @@ def natural_step(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine:
         """Mean over tokens of loss_of(logprobs, part) at theta, and its gradient (N,)."""
 
         def losses(part: Rollout, whole: Rollout) -> dict[str, Tensor]:
-            layout = lay_out(part.batch, part.mask.device)
-            logprobs = response_logprobs(policy, layout, config.temperature).masked_fill(~part.mask, 0)
+            logprobs = response_logprobs(policy, part.layout, config.temperature).masked_fill(~part.mask, 0)
             return {"loss": minibatch_share(loss_of(logprobs, part), part.mask, whole.mask)}
 
         set_parameters(parameters, theta)
@@ -1031,14 +1055,11 @@ def response_logits(policy: PreTrainedModel, layout: Layout) -> tuple[Tensor, Te
     return logits, entered[0]
 
 
-def logits_and_values(
-    policy: PreTrainedModel, value_model: ScalarModel | ValueHead | None, layout: Layout
-) -> tuple[Tensor, Tensor]:  # (B, T, V), (B, T)
-    logits, hidden = response_logits(policy, layout)
+def values_of(value_model: ScalarModel | ValueHead | None, layout: Layout, hidden: Tensor | None) -> Tensor:  # (B, T)
+    """Of the state before each response token. A head reads the policy's `hidden` states there, (B, T, D)."""
     if value_model is None:
-        return logits, torch.zeros(layout.mask.shape, device=logits.device)
-    values = value_model(hidden) if isinstance(value_model, ValueHead) else value_model.values(layout)
-    return logits, values
+        return torch.zeros(layout.mask.shape, device=layout.mask.device)
+    return value_model(hidden) if isinstance(value_model, ValueHead) else value_model.values(layout)
 
 
 def response_logprobs(policy: PreTrainedModel, layout: Layout, temperature: float) -> Tensor:  # (B, T)
@@ -1143,7 +1164,7 @@ def sample_block(
     ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=device)
     cache_name = "cache" if "cache" in inspect.signature(policy.forward).parameters else "past_key_values"
     while len(written) < uniforms.shape[1] and not ended.all():
-        with head_at(policy, row, torch.full_like(row, tokens.shape[1] - 1)), compact_keys():  # the newest token
+        with head_at(policy, row, torch.full_like(row, tokens.shape[1] - 1)), roomy_cache(uniforms.shape[1]):  # the newest
             inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": position_ids}
             output = policy(**inputs, **{cache_name: cache}, use_cache=True)
         cache, logits = output[cache_name], output.logits[:, -1]
@@ -1178,22 +1199,35 @@ def score_index(responses: Tensor, eos_id: int) -> Tensor:  # (B, T) the sampler
 
 
 @contextmanager
-def compact_keys() -> Iterator[None]:
-    """Inside, transformers' usual cache holds keys and values in the narrower's precision: rotation makes float32 of
-    bfloat16 keys, and attention would round them again for every token."""
-    from transformers import DynamicCache
+def roomy_cache(tokens: int) -> Iterator[None]:
+    """Inside, transformers' usual cache has room for so many tokens more than come first: it would copy all keys and
+    values for every token. It holds both in the narrower's precision: rotation makes float32 of bfloat16 keys, and
+    attention would round them again every time."""
+    from transformers.cache_utils import DynamicLayer
 
-    update = DynamicCache.update
+    update = DynamicLayer.update
 
-    def narrow(cache: DynamicCache, keys: Tensor, values: Tensor, *rest: object, **options: object):
-        dtype = min(keys, values, key=Tensor.element_size).dtype
-        return update(cache, keys.to(dtype), values.to(dtype), *rest, **options)
+    def written(layer: DynamicLayer, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        if not layer.is_initialized:
+            layer.lazy_initialization(keys, values)
+        before, dtype = layer.get_seq_length(), min(keys, values, key=Tensor.element_size).dtype
+        now = before + keys.shape[-2]
+        for name, new in (("keys", keys), ("values", values)):
+            old, (seen, room) = getattr(layer, name), getattr(layer, f"roomy_{name}", (None, None))
+            if seen is not old:  # at first; and where a row for each query has become a row for each response
+                room = new.new_empty((*new.shape[:-2], now + tokens, new.shape[-1]), dtype=dtype)
+                if before:
+                    room[..., :before, :] = old
+            room[..., before:now, :] = new
+            seen = room[..., :now, :]
+            vars(layer).update({name: seen, f"roomy_{name}": (seen, room)})
+        return layer.keys, layer.values
 
-    DynamicCache.update = narrow
+    DynamicLayer.update = written
     try:
         yield
     finally:
-        DynamicCache.update = update
+        DynamicLayer.update = update
 
 
 def check_name(folder: str | Path) -> None:

@@ -1470,7 +1470,8 @@ def example(lines: list[str]) -> str:
 
 
 def hold_against(arguments: list[str]) -> int:
-    """Print the table, and write it where --table says. A pytest.ini around the file plays no part."""
+    """Print the table, and write it where --table says. A pytest.ini around the file, and installed plugins, play no part."""
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
     path = ""
     if "--table" in arguments:
         at = arguments.index("--table")
@@ -2027,7 +2028,7 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(a, b):
 
 # steps: what one optimizer step does [D6, D12 to D16, D18, D20 to D23]
 
-STEP_NEEDS = ("read_tokens", "ppo_losses", "Models", "PPO", "optimizer_step", "adamw", "Engine")
+STEP_NEEDS = ("read_tokens", "ppo_losses", "policy_losses", "value_losses", "Models", "PPO", "optimizer_step", "adamw", "Engine")
 
 
 def tiny_models(family: str, shared: bool = False):
@@ -2077,6 +2078,17 @@ def gradient_of(losses: Callable, minibatch: object, groups: list[list[int]], mo
     return torch.cat(gradients).double(), totals
 
 
+def ppo_losses(models: object, config: object) -> Callable[[object, object], dict[str, Tensor]]:
+    """All of PPO's losses at once: the shares of a micro-batch, policy's and values' added up."""
+
+    def shares(part: object, whole: object) -> dict[str, Tensor]:
+        parts = [losses(part, whole) for losses in impl.ppo_losses(models, config)]
+        names = dict.fromkeys(name for each in parts for name in each)
+        return {name: sum(each[name] for each in parts if name in each) for name in names}
+
+    return shares
+
+
 def check_splitting(losses: Callable, minibatch: object, modules: list) -> None:
     """Micro-batches of 1, 2, 4 and N rows give one gradient and one set of statistics."""
     rows = list(range(len(minibatch)))
@@ -2106,7 +2118,7 @@ def test_ppo_micro_batches_do_not_change_the_step():
         rollout = tiny_rollout(models, config)
         shift = 0.3 * uniforms(*rollout.logprobs.shape, 5).masked_fill(~rollout.mask, 0)
         minibatch = replace(rollout, logprobs=rollout.logprobs + shift)[[6, 1, 3, 0, 7]]
-        check_splitting(partial(impl.ppo_losses, models, config), minibatch, [models.policy, models.value_model])
+        check_splitting(ppo_losses(models, config), minibatch, [models.policy, models.value_model])
 
 
 @law(
@@ -2163,7 +2175,7 @@ def test_ratio_is_one_before_the_first_step():
         config, models = impl.PPO(), tiny_models(family)
         rollout = tiny_rollout(models, config, micro_batch_size=3)
         for part in (rollout[[0]], rollout):
-            shares = impl.ppo_losses(models, config, part, part)
+            shares = ppo_losses(models, config)(part, part)
             assert shares["policy/approxkl"].item() <= 1e-8
             assert abs(shares["val/ratio"].item() - 1) <= 1e-4
             assert shares["policy/abs_log_ratio"].item() <= 1e-4
@@ -2173,11 +2185,11 @@ def test_ratio_is_one_before_the_first_step():
 @law(
     "the policy reads a rollout in the very micro-batches of the first epoch: the same rows, side by side, equally wide",
     "D14: kernels round by shape, and the first ratio should be 1 in bfloat16, too", "read_tokens", "ppo",
-    "logits_and_values", "start", "Config",
+    "values_of", "start", "Config",
 )  # fmt: skip
 def test_rollouts_are_read_in_the_first_epochs_micro_batches():
     config = stage_config("read", "ppo", compute=impl.Compute(micro_batch_size=3))
-    layouts = [args[2].inputs["input_ids"] for args, _ in watched(config, "logits_and_values")["logits_and_values"]]
+    layouts = [args[1].inputs["input_ids"] for args, _ in watched(config, "values_of")["values_of"]]
     groups = 6  # of 2 minibatches of 8 rows, in threes
     assert len(layouts) == 3 * groups * (1 + config.ppo.num_ppo_epochs)
     for update in range(0, len(layouts), 3 * groups):
@@ -2307,7 +2319,7 @@ def test_ppo_loss_adds_up():
     lengths = {len(row) for row in terms["loss/policy"]}
     assert len(lengths) > 1, "the example should have responses of unequal lengths"
     for average in ("token", "sequence"):
-        shares = impl.ppo_losses(models, replace(config, average=average), old, old)
+        shares = ppo_losses(models, replace(config, average=average))(old, old)
         expected = {name: sum(map(sum, rows)) / sum(map(len, rows)) for name, rows in terms.items()}
         assert 0 < expected["policy/clipfrac"] < 1, "the example should clip some tokens and not others"
         if average == "sequence":
@@ -2330,7 +2342,7 @@ def test_kl_in_the_loss_adds_its_price():
         rollout = tiny_rollout(models, config)
         move_away(models)
         with_kl, without = (
-            impl.ppo_losses(models, c, rollout, rollout)["loss"] for c in (config, replace(config, kl_coef=0.0))
+            ppo_losses(models, c)(rollout, rollout)["loss"] for c in (config, replace(config, kl_coef=0.0))
         )
         layout = impl.lay_out(rollout.batch)
         logprobs = impl.response_logprobs(models.policy, layout, config.temperature)
@@ -3168,7 +3180,7 @@ def test_the_labeler_reads_training_posts_only():
 
 @law(
     "a value head on the policy's trunk trains that trunk; a value model of its own does not",
-    "D10", *ENGINE_NEEDS, "logits_and_values", "ValueHead",
+    "D10", *ENGINE_NEEDS, "values_of", "ValueHead",
 )  # fmt: skip
 def test_only_a_shared_value_head_trains_the_policy():
     layout = impl.lay_out(some_batch())
@@ -3176,7 +3188,7 @@ def test_only_a_shared_value_head_trains_the_policy():
         policy, value_model = tiny_policy("neox"), impl.ValueHead(16) if shared else tiny_scalar("neox", 1)
         if shared:
             torch.nn.init.constant_(value_model.linear.weight, 0.1)
-        impl.logits_and_values(policy, value_model, layout)[1].sum().backward()
+        impl.values_of(value_model, layout, impl.response_logits(policy, layout)[1]).sum().backward()
         moved = [p.grad is not None and p.grad.abs().sum() > 0 for p in policy.parameters()]
         assert any(moved) == shared
 
@@ -3841,7 +3853,7 @@ def test_the_fast_path_has_the_plain_paths_gradient():
         rollout = tiny_rollout(models, config)
         move_away(models)
         for rows in impl.micro_batches(rollout, 3):
-            impl.ppo_losses(models, config, rollout[rows], rollout)["loss"].backward()
+            ppo_losses(models, config)(rollout[rows], rollout)["loss"].backward()
         trained = parameters_of(models)
         fast = [p.grad.clone() for p in trained]
         for p in trained:
@@ -5288,9 +5300,10 @@ def test_divergence_within_an_update_spares_the_checkpoint():
     )  # fmt: skip
     steps = config.ppo.num_ppo_epochs * config.ppo.num_minibatches
 
-    def spoiled(machine, optimizer, minibatch, losses) -> dict[str, float]:
+    def spoiled(machine, optimizer, minibatch, first, *others) -> dict[str, float]:
         bad = math.nan if next(calls) == 3 * steps - 1 else 1.0  # the last step of the third update
-        return original(machine, optimizer, minibatch, lambda *args: {k: v * bad for k, v in losses(*args).items()})
+        spoilt = lambda *args: {k: v * bad for k, v in first(*args).items()}  # noqa: E731
+        return original(machine, optimizer, minibatch, spoilt, *others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(impl, "optimizer_step", spoiled)
@@ -6009,11 +6022,11 @@ def test_a_shared_query_changes_no_gradient():
         rollouts = [tiny_rollout(models, config, 5, queries=queries, share=share) for share in (True, False)]
         assert rollouts[0].batch.responses == rollouts[1].batch.responses
         for part in (rollouts[0], rollouts[0][[3, 4, 5, 6, 7]]):
-            shares = impl.ppo_losses(models, config, part, part)
+            shares = ppo_losses(models, config)(part, part)
             assert shares["policy/approxkl"] <= 1e-8 and shares["policy/abs_log_ratio"] <= 1e-4
         rollouts[0] = replace(rollouts[1], batch=rollouts[0].batch)  # the same numbers, to the last bit
         move_away(models)
-        check_same(partial(impl.ppo_losses, models, config), rollouts, parameters_of(models))
+        check_same(ppo_losses(models, config), rollouts, parameters_of(models))
     scalar = tiny_scalar("neox")
     rankings = [some_rankings(share=share) for share in (True, False)]
     check_same(partial(impl.reward_losses, scalar), rankings, list(scalar.classifier.parameters()))
@@ -6440,13 +6453,13 @@ def test_objectives_are_what_they_are_called():
         ("clip", clipped), ("unclipped", unclipped), ("penalty", unclipped + 0.5 * k3), ("adaptive", unclipped + 0.5 * k3),
         ("constraint", unclipped),
     ):  # fmt: skip
-        shares = impl.ppo_losses(models, replace(config, objective=objective), old, old)
+        shares = ppo_losses(models, replace(config, objective=objective))(old, old)
         assert shares["loss"].item() == pytest.approx(expected, abs=1e-5), objective
         assert (shares["policy/clipfrac"] > 0) == (objective == "clip")
         gradients = torch.autograd.grad(shares["loss"], list(models.policy.parameters()), allow_unused=True)
         moved = any(gradient is not None for gradient in gradients)
         assert moved == (objective != "constraint"), "of a constraint the optimizer moves the values alone"
-    check_splitting(partial(impl.ppo_losses, models, replace(config, objective="penalty")), old, [models.policy])
+    check_splitting(ppo_losses(models, replace(config, objective="penalty")), old, [models.policy])
 
 
 @law(
@@ -6460,12 +6473,12 @@ def test_a_constant_average_divides_by_the_room():
     assert rollout.room == 12 and rollout.mask.sum() < rollout.mask.numel() <= 8 * 12
     move_away(models)
     constant, token = (
-        impl.ppo_losses(models, replace(config, average=a), rollout, rollout)["loss"] for a in ("constant", "token")
+        ppo_losses(models, replace(config, average=a))(rollout, rollout)["loss"] for a in ("constant", "token")
     )
     close(constant.detach(), token.detach() * rollout.mask.sum() / (8 * 12), tolerance=1e-5)
     short = rollout[[int(rollout.mask.sum(1).argmin())]]
     one, other = (
-        impl.ppo_losses(models, replace(config, average=a), short, short)["loss"] for a in ("constant", "token")
+        ppo_losses(models, replace(config, average=a))(short, short)["loss"] for a in ("constant", "token")
     )
     close(one.detach(), other.detach() * short.mask.sum() / 12, tolerance=1e-5)
 
@@ -6481,7 +6494,7 @@ def test_demonstrations_add_their_loss():
     )
     move_away(models)
     minibatch = rollout[[6, 1, 3, 0]]
-    plain, mixed = (impl.ppo_losses(models, config, x, x)["loss"] for x in (replace(minibatch, shown=None), minibatch))
+    plain, mixed = (ppo_losses(models, config)(x, x)["loss"] for x in (replace(minibatch, shown=None), minibatch))
     nll, tokens = 0.0, 0
     for i in (6, 1, 3, 0):
         layout = impl.lay_out(rollout.shown[[i]])
@@ -6489,7 +6502,7 @@ def test_demonstrations_add_their_loss():
             nll -= impl.response_logprobs(models.policy, layout, 1.0).sum().item()
         tokens += layout.mask.sum().item()
     assert (mixed - plain).item() == pytest.approx(2 * nll / tokens, rel=1e-4)
-    check_splitting(partial(impl.ppo_losses, models, config), minibatch, [models.policy, models.value_model])
+    check_splitting(ppo_losses(models, config), minibatch, [models.policy, models.value_model])
 
 
 @law(
@@ -6945,30 +6958,31 @@ def test_the_head_computes_in_float32(family):
 
 
 @law(
-    "in bfloat16 the cache of keys and values is bfloat16, and the same tokens are sampled as without that, "
-    "with shared queries, too",
-    "README: memory", "sample", "compact_keys", *ENGINE_NEEDS, family=families, share=st.booleans(),
+    "in bfloat16 the cache of keys and values is bfloat16, lies in memory that is laid out at most twice, and the same "
+    "tokens are sampled as without that, with shared queries, too",
+    "README: memory", "sample", "roomy_cache", *ENGINE_NEEDS, family=families, share=st.booleans(),
 )  # fmt: skip
 def test_the_cache_is_compact_and_samples_the_same(family, share):
-    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
     policy, queries = tiny_policy(family), [[1, 2, 3]] * 3 + [[4, 5, 6, 7, 8]] * 3
     draw = lambda: impl.sample(policy, queries, uniforms(6, 9, 1), 0.7, -1, engine(bfloat16=True), share)  # noqa: E731
-    dtypes, forward = set(), type(policy).forward
+    dtypes, places, forward = set(), set(), type(policy).forward
 
     def watched(model, *rest, **options):
         output = forward(model, *rest, **options)
         dtypes.update(layer.keys.dtype for layer in output[cache].layers)
+        places.update(layer.values.data_ptr() for layer in output[cache].layers[:1])
         return output
 
     cache = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
     watched.__signature__ = inspect.signature(forward)
-    update = DynamicCache.update
+    update = DynamicLayer.update
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(policy), "forward", watched)
         compacted = draw()
-        assert dtypes == {torch.bfloat16} and DynamicCache.update is update
-        patch.setattr(impl, "compact_keys", contextlib.nullcontext)
+        assert dtypes == {torch.bfloat16} and DynamicLayer.update is update and len(places) <= 1 + share
+        patch.setattr(impl, "roomy_cache", lambda tokens: contextlib.nullcontext())
         assert draw() == compacted and (torch.float32 in dtypes) == (family != "gpt2"), "GPT-2 rotates nothing"
 
 
@@ -7161,9 +7175,11 @@ MUTANTS = [
     Mutant("probabilities are summed with eight bits", "test_bfloat16_loses_no_rare_tokens", "(logits.float() / temperature).softmax", "(logits.bfloat16() / temperature).softmax"),
     Mutant("new weights do not depend on the seed", "test_a_seed_decides_new_weights", 'rng(seed, "small model", i)', 'rng(0, "small model", i)'),
     # stages
-    Mutant("the value loss has full weight", "test_ppo_loss_adds_up", "config.vf_coef * share(value_losses)", "share(value_losses)"),
+    Mutant("the value model's loss is forgotten", "test_ppo_loss_adds_up", "value_losses)[: 1 + separate]", "value_losses)[:1]"),
+    Mutant("a value head's loss counts twice", "test_ppo_micro_batches_do_not_change_the_step", "value_losses)[: 1 + separate]", "value_losses)"),
+    Mutant("the value loss has full weight", "test_ppo_loss_adds_up", "config.vf_coef * loss}", "loss}"),
     Mutant("approxkl lacks its half", "test_ppo_loss_adds_up", "token_mean(log_ratio.square() / 2)", "token_mean(log_ratio.square())"),
-    Mutant("clipfrac counts ratios, not clips", "test_ppo_loss_adds_up", "(policy_losses > unclipped)", "(log_ratio.abs() > config.cliprange)"),
+    Mutant("clipfrac counts ratios, not clips", "test_ppo_loss_adds_up", "(losses > unclipped)", "(log_ratio.abs() > config.cliprange)"),
     Mutant("each micro-batch divides by its own tokens", "test_ppo_micro_batches_do_not_change_the_step", "token_mean = partial(minibatch_share, mask=part.mask, whole=whole.mask)", "token_mean = partial(minibatch_share, mask=part.mask, whole=part.mask)"),
     Mutant("SFT divides by the micro-batch's tokens", "test_sft_micro_batches_do_not_change_the_step", 'of_query, "token", whole.response_tokens)', 'of_query, "token", part.response_tokens)'),
     Mutant("reward losses of micro-batches are not shares", "test_reward_micro_batches_do_not_change_the_step", "weights, device=scores.device) / len(whole)", "weights, device=scores.device) / len(part)"),
@@ -7198,7 +7214,7 @@ MUTANTS = [
     Mutant("accuracy is inverted", "test_reward_accuracies_are_shares_of_pairs", "wins = wins_of(scores[better], scores[worse])", "wins = wins_of(scores[worse], scores[better])"),
     Mutant("every shown text has the author's score", "test_shown_samples_belong_to_their_models", "[post], codec, engine, Batch(queries, responses))", '[post], codec, engine, Batch(queries, written["author"]))'),
     Mutant("shown texts change names", "test_shown_samples_belong_to_their_models", "models.ref_policy), (\"ppo\", models.policy))", "models.policy), (\"ppo\", models.ref_policy))"),
-    Mutant("val/clipfrac compares a half with a whole", "test_ppo_loss_adds_up", "clipped = 2 * value_losses > (values", "clipped = value_losses > (values"),
+    Mutant("val/clipfrac compares a half with a whole", "test_ppo_loss_adds_up", "clipped = (2 * losses > (values", "clipped = (losses > (values"),
     Mutant("every update has the same noise", "test_every_update_sees_its_own_episodes", 'noise(seed, "episodes", episodes, T)', 'noise(seed, "episodes", range(config.batch_size), T)'),
     Mutant("every update has the same posts", "test_every_update_sees_its_own_episodes", "len(posts), episodes, config.responses_per_query)", "len(posts), range(config.batch_size), config.responses_per_query)"),
     Mutant("value targets come from whitened advantages", "test_every_update_sees_its_own_episodes", "        advantages = whiten(advantages, rollout.mask)\n", "        advantages = whiten(advantages, rollout.mask)\n        returns = advantages + rollout.values\n"),
@@ -7296,7 +7312,7 @@ MUTANTS = [
     Mutant("rollouts are read in micro-batches of their own", "test_rollouts_are_read_in_the_first_epochs_micro_batches", "engine, policy_and_value, groups)", "engine, policy_and_value)"),
     Mutant("rollouts are drawn at temperature 1", "test_every_update_sees_its_own_episodes", "sample(models.policy, prompts, uniforms, config.temperature,", "sample(models.policy, prompts, uniforms, 1.0,"),
     Mutant("γ and λ change places", "test_every_update_sees_its_own_episodes", "rollout.mask, config.gamma, config.lam)", "rollout.mask, config.lam, config.gamma)"),
-    Mutant("advantages are whitened per minibatch", "test_ppo_whitens_advantages_over_the_batch", "optimizer_step(engine, optimizer, rollout[rows], losses)", "optimizer_step(engine, optimizer, replace(rollout[rows], advantages=whiten(rollout[rows].advantages, rollout[rows].mask)), losses)"),
+    Mutant("advantages are whitened per minibatch", "test_ppo_whitens_advantages_over_the_batch", "optimizer_step(engine, optimizer, rollout[rows], *losses)", "optimizer_step(engine, optimizer, replace(rollout[rows], advantages=whiten(rollout[rows].advantages, rollout[rows].mask)), *losses)"),
     Mutant("comparisons are of the base model's samples", "test_comparisons_are_all_pairs_at_ppos_temperature", "policy = run.engine.place(load_policy(run.path(writer)))", 'policy = run.engine.place(load_policy(run.path("base")))'),
     Mutant("the stranger's text is the post's own", "test_comparisons_are_all_pairs_at_ppos_temperature", "drafts[(i + 1) % len(posts)][0])", "drafts[i][1])"),
     Mutant("the better of two samples stands first", "test_comparisons_are_the_labelers", "(writer, worse), tie, (i + k) % 2 == 1)", "(writer, worse), tie, False)"),
@@ -7454,9 +7470,11 @@ MUTANTS = [
     Mutant("GAE starts on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "next_value = next_advantage = torch.zeros_like(values[:, 0])", "next_value = next_advantage = torch.zeros(len(values))"),
     Mutant("the head rounds to eight bits", "test_the_head_computes_in_float32", "            return forward(_at_least_float32(entered[-1]))", "            pass\n        return forward(_at_least_float32(entered[-1]))"),
     Mutant("the head never comes back", "test_the_head_computes_in_float32", "        del head.forward  # the class's is back\n", "        pass\n"),
-    Mutant("keys stay wide in the cache", "test_the_cache_is_compact_and_samples_the_same", "update(cache, keys.to(dtype), values", "update(cache, keys, values"),
-    Mutant("values become as wide as rotated keys", "test_the_cache_is_compact_and_samples_the_same", "dtype = min(keys, values,", "dtype = max(keys, values,"),
-    Mutant("the cache stays changed after sampling", "test_the_cache_is_compact_and_samples_the_same", "    finally:\n        DynamicCache.update = update\n", "    finally:\n        pass\n"),
+    Mutant("keys stay wide in the cache", "test_the_cache_is_compact_and_samples_the_same", "now + tokens, new.shape[-1]), dtype=dtype)", "now + tokens, new.shape[-1]))"),
+    Mutant("values become as wide as rotated keys", "test_the_cache_is_compact_and_samples_the_same", "min(keys, values, key", "max(keys, values, key"),
+    Mutant("the cache stays changed after sampling", "test_the_cache_is_compact_and_samples_the_same", "    finally:\n        DynamicLayer.update = update\n", "    finally:\n        pass\n"),
+    Mutant("the cache is laid out anew for every token", "test_the_cache_is_compact_and_samples_the_same", "if seen is not old:", "if True:"),
+    Mutant("the cache of the queries is taken for the responses'", "test_the_cache_is_compact_and_samples_the_same", "if seen is not old:", "if seen is None:"),
     Mutant("float32 means TF32", "test_float32_means_float32_on_a_gpu", '"high" if bfloat16 and device.type == "cuda" else "highest"', '"high" if device.type == "cuda" else "highest"'),
     Mutant("bfloat16 is emulated on old cards", "test_float32_means_float32_on_a_gpu", "is_bf16_supported(including_emulation=False)", "is_bf16_supported()"),
     Mutant("gradients lie beside the sampler's cache", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "        optimizer.zero_grad()  # the gradients' memory is for what the next update samples\n", ""),
@@ -7503,8 +7521,8 @@ def planted(mutant: Mutant | None):
         source = source.replace(mutant.old, mutant.new)
     module = type(sys)("pmo_with_a_bug")
     module.__file__ = impl.__file__
-    sys.modules[module.__name__] = module  # dataclasses look their module up
-    exec(compile(source, impl.__file__, "exec"), module.__dict__)
+    with mock.patch.dict(sys.modules, {module.__name__: module}):  # dataclasses look their module up
+        exec(compile(source, impl.__file__, "exec"), module.__dict__)
     return module
 
 
@@ -7853,7 +7871,9 @@ def contestants(size: str, G: int) -> SimpleNamespace:
         vocab_size=vocabulary, eos_token_id=eos, bos_token_id=eos, pad_token_id=tokenizer.pad_token_id, num_labels=1,
     )  # fmt: skip
     torch.manual_seed(0)
-    policy, scalar = hf.GPTNeoXForCausalLM(config), hf.GPTNeoXForSequenceClassification(config)
+    with torch.device("cuda" if cuda else "cpu"):  # where a billion weights are drawn in a second
+        policy, scalar = hf.GPTNeoXForCausalLM(config), hf.GPTNeoXForSequenceClassification(config)
+    policy, scalar = policy.cpu(), scalar.cpu()
     numbers = random.Random(0)
     lengths = [numbers.randint(shortest, longest) for _ in range(rows // G)]
     queries = [[numbers.randrange(len(tokenizer), vocabulary) for _ in range(n)] for n in lengths]
@@ -7914,7 +7934,7 @@ def update_race(both: SimpleNamespace) -> tuple[Callable[[], str], Callable[[], 
         rollout = impl.read_tokens(models, batch, scores, end_of_text, ppo.temperature, [everything], machine)
         rollout = impl.credit(rollout, impl.shape_rewards(rollout, ppo), ppo)
         for _ in range(ppo.num_ppo_epochs):
-            impl.optimizer_step(machine, optimizer, rollout, partial(impl.ppo_losses, models, ppo))
+            impl.optimizer_step(machine, optimizer, rollout, *impl.ppo_losses(models, ppo))
         written.append(rollout.mask.sum().item() / rows)
         return time.perf_counter() - start
 
