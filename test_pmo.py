@@ -5545,12 +5545,13 @@ def test_every_weight_of_a_folder_is_accounted_for():
 def test_a_policy_samples_as_it_scores():
     apart = "sampling, cached and padded on the left, gives other logits than reading a row alone"
     ahead = "not a causal model: what it reads first changes with what comes later"
+    crash = "cannot be sampled from: KeyError: "  # older versions of transformers give mamba's cache another name
     for family, options, said in (
         ("bert", {}, ahead),
         ("roberta", {"is_decoder": True}, apart),
         ("mamba", {}, apart),
-        ("openai-gpt", {}, "cannot be sampled from: KeyError: "),
-        ("rwkv", {"attention_hidden_size": 32}, "cannot be sampled from: KeyError: "),
+        ("openai-gpt", {}, crash),
+        ("rwkv", {"attention_hidden_size": 32}, crash),
         ("mixtral", {"output_router_logits": True}, ""),
         ("mistral", {"sliding_window": 3}, ""),
         ("mamba2", {"num_heads": 8, "head_dim": 8, "n_groups": 1}, ""),
@@ -5559,7 +5560,7 @@ def test_a_policy_samples_as_it_scores():
         folder = random_model(f"policy {family}", family, **options)
         if said:
             message = config_error(lambda folder=folder: impl.load_policy(folder))
-            assert message.startswith(f"{folder}: {said}"), message
+            assert message.startswith((f"{folder}: {said}", *[f"{folder}: {crash}"] * (family == "mamba"))), message
         else:
             assert not getattr(impl.load_policy(folder).config, "output_router_logits", False)
     classifier = random_model("classifier", "bert", "AutoModelForSequenceClassification", num_labels=1)
@@ -6924,7 +6925,8 @@ def test_gpu_and_cpu_agree():
     "README: GPU", "Engine", "Compute",
 )  # fmt: skip
 def test_float32_means_float32_on_a_gpu():
-    before = torch.get_float32_matmul_precision()
+    seen, said = [], torch.get_float32_matmul_precision
+    before = said()
     try:
         for precision, native, half in (
             ("auto", True, True), ("auto", False, False), ("bfloat16", False, True), ("float32", True, False),
@@ -6932,10 +6934,15 @@ def test_float32_means_float32_on_a_gpu():
             asked = lambda including_emulation=True, native=native: native or including_emulation  # noqa: E731
             with a_gpu(), mock.patch.object(torch.cuda, "is_bf16_supported", asked):
                 machine = impl.Engine.start(impl.Compute(device="cuda", precision=precision))
-            assert machine.bfloat16 == half
-            assert torch.get_float32_matmul_precision() == ("high" if half else "highest"), precision
-        impl.Engine.start(impl.Compute(device="cpu", precision="bfloat16"))
-        assert torch.get_float32_matmul_precision() == "highest"
+            assert machine.bfloat16 == half and said() == "highest", "what checks a model needs all digits"
+            with mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext()), machine.autocast():
+                assert said() == ("high" if half else "highest"), precision
+            weight = torch.ones(1, requires_grad=True)
+            weight.register_hook(lambda _: seen.append(said()))
+            machine.backward(weight.sum())
+            assert seen.pop() == ("high" if half else "highest") and said() == "highest"
+        with impl.Engine.start(impl.Compute(device="cpu", precision="bfloat16")).autocast():
+            assert said() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -7347,7 +7354,7 @@ MUTANTS = [
     Mutant("stages may have nothing to do", "test_contradictions_are_refused_with_both_numbers", "refuse(not to_do, f", "refuse(False, f"),
     Mutant("infinite numbers are flags, too", "test_every_number_is_checked", "low <= value <= high and", "low <= value and"),
     Mutant("γ = 0 is refused", "test_every_number_is_checked", '{"tie", "kl-coef", "vf-coef", "gamma", "lam", ', '{"tie", "kl-coef", "vf-coef", "lam", '),
-    Mutant("micro-batches and sample batches change sizes", "test_the_engine_is_the_one_asked_for", "compute.micro_batch_size, compute.sample_batch_size, compute.shard", "compute.sample_batch_size, compute.micro_batch_size, compute.shard"),
+    Mutant("micro-batches and sample batches change sizes", "test_the_engine_is_the_one_asked_for", "compute.micro_batch_size, compute.sample_batch_size, compute.compile", "compute.sample_batch_size, compute.micro_batch_size, compute.compile"),
     Mutant("the commit hides edits", "test_the_commit_says_when_it_is_not_what_ran", '"--always", "--dirty", ', '"--always", '),
     Mutant("the clip of gradients may change on the way", "test_resuming_something_else_is_refused", 'if not flag.startswith("--compute.")', 'if not flag.startswith(("--compute.", "--optimizer.max"))'),
     Mutant("a checkpoint may hold code", "test_resuming_something_else_is_refused", "weights_only=True, mmap=True)", "weights_only=False)"),
@@ -7475,7 +7482,7 @@ MUTANTS = [
     Mutant("the cache stays changed after sampling", "test_the_cache_is_compact_and_samples_the_same", "    finally:\n        DynamicLayer.update = update\n", "    finally:\n        pass\n"),
     Mutant("the cache is laid out anew for every token", "test_the_cache_is_compact_and_samples_the_same", "if seen is not old:", "if True:"),
     Mutant("the cache of the queries is taken for the responses'", "test_the_cache_is_compact_and_samples_the_same", "if seen is not old:", "if seen is None:"),
-    Mutant("float32 means TF32", "test_float32_means_float32_on_a_gpu", '"high" if bfloat16 and device.type == "cuda" else "highest"', '"high" if device.type == "cuda" else "highest"'),
+    Mutant("float32 means TF32", "test_float32_means_float32_on_a_gpu", '"high" if self.bfloat16 and self.device.type', '"high" if self.device.type'),
     Mutant("bfloat16 is emulated on old cards", "test_float32_means_float32_on_a_gpu", "is_bf16_supported(including_emulation=False)", "is_bf16_supported()"),
     Mutant("gradients lie beside the sampler's cache", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "        optimizer.zero_grad()  # the gradients' memory is for what the next update samples\n", ""),
     # what users bring
