@@ -25,9 +25,9 @@ The file is to be read from its top. Sections 1 to 5 are the method, the others 
     1 maths   2 PPO   3 SFT and reward model   4 models   5 data
     6 evaluation   7 the default run (corpus, tokenizer, labeler)   8 config (every flag)   9 runtime   10 main
 
-To change what is credited (another baseline): `credit`; how far a step may go: `policy_loss`, called in `policy_losses`;
-where the KL is paid: `shape_rewards` and `policy_losses`; what is scored: `outcome_scores`; which models there are:
-`load_models`; flags: section 8.
+To change what is credited (another baseline): `credit`; how far a step may go: `policy_loss`, called in
+`policy_losses`; where the KL is paid: `shape_rewards` and `policy_losses`; what is scored: `outcome_scores`; which
+models there are: `load_models`; flags: section 8.
 
 Departures from the code of [4], each because of a fault or for a reason given at the place:
   1. the score is paid to the EOS action, not one slot after it;
@@ -397,8 +397,7 @@ def read_tokens(
     groups = [[rows[i] for i in group] for rows in first_epoch for group in micro_batches(batch[rows], size)]
 
     def policy_and_value(layout: Layout) -> list[Tensor]:
-        with torch.set_grad_enabled(engine.compiled):  # compiled without a gradient it would be other kernels
-            logits, hidden = response_logits(models.policy, layout)
+        logits, hidden = response_logits(models.policy, layout)
         values = values_of(models.value_model, layout, hidden)
         return [logprobs_of(logits, layout.responses, temperature), entropy_of(logits, temperature), values]
 
@@ -1137,7 +1136,7 @@ def sample(
     """A response to each query from softmax(logits / temperature), nothing cut or warped [D13], EOS included."""
     responses: dict[int, list[int]] = {}
     batch = Batch(queries, [[] for _ in queries], share)
-    with engine.autocast(), engine.sampling_from(policy):
+    with engine.autocast(), engine.gathered(policy):
         for rows, counts in engine.shard(micro_batches(batch, engine.sample_batch_size)):
             block = sample_block(policy, batch[rows], uniforms[rows], temperature, eos_id)
             responses |= zip(rows, block) if counts else ()
@@ -1165,7 +1164,8 @@ def sample_block(
     ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=device)
     cache_name = "cache" if "cache" in inspect.signature(policy.forward).parameters else "past_key_values"
     while len(written) < uniforms.shape[1] and not ended.all():
-        with head_at(policy, row, torch.full_like(row, tokens.shape[1] - 1)), roomy_cache(uniforms.shape[1]):  # the newest
+        newest = torch.full_like(row, tokens.shape[1] - 1)
+        with head_at(policy, row, newest), roomy_cache(uniforms.shape[1]):
             inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": position_ids}
             output = policy(**inputs, **{cache_name: cache}, use_cache=True)
         cache, logits = output[cache_name], output.logits[:, -1]
@@ -2540,8 +2540,6 @@ class Compute:
     # and responses together; a smaller micro-batch splits them. A model that cannot is found out, and used without.
     share_queries: bool = True
     checkpoint_minutes: float = 10.0  # Minutes between checkpoints; 0 after every step.
-    # Compile the transformer blocks (torch.compile): the first update takes a minute longer, each a sixth less on a GPU.
-    compile: bool = False
     # Give each process (torchrun) a share of all weights, gradients and optimizer states (FSDP2) instead of a copy: for
     # models too large for one GPU.
     shard: bool = False
@@ -2682,7 +2680,6 @@ class Engine:
     bfloat16: bool = False
     micro_batch_size: int = 32
     sample_batch_size: int = 256
-    compiled: bool = False
     fsdp: bool = False
     rank: int = 0
     world: int = 1
@@ -2707,8 +2704,7 @@ class Engine:
         refuse(lost, "WORLD_SIZE asks for several processes: start them with torchrun, or each is a run of its own")
         refuse(compute.shard and not many, "--compute.shard spreads weights over processes: start them with torchrun")
         rank, world = (dist.get_rank(), dist.get_world_size()) if many else (0, 1)
-        asked = compute.micro_batch_size, compute.sample_batch_size, compute.compile, compute.shard
-        return cls(device, bfloat16, *asked, rank, world)
+        return cls(device, bfloat16, compute.micro_batch_size, compute.sample_batch_size, compute.shard, rank, world)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -2717,8 +2713,8 @@ class Engine:
 
     @contextmanager
     def tf32(self) -> Iterator[None]:
-        """Inside, where a GPU computes in bfloat16, products of float32 use its matrix units, too: TF32 rounds factors to
-        11 bits. Only inside: what compares a model's two ways of reading needs all 24."""
+        """Inside, where a GPU computes in bfloat16, products of float32 use its matrix units, too: TF32 rounds factors
+        to 11 bits. Only inside: what compares a model's two ways of reading needs all 24."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if self.bfloat16 and self.device.type == "cuda" else before)
         try:
@@ -2731,29 +2727,24 @@ class Engine:
 
         Of a sharded model only the transformer block that computes is whole.
         """
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        blocks = max(lists, key=len, default=())  # the longest list of modules: the transformer's blocks
-        for block in blocks if self.compiled else ():
-            block.compile(dynamic=True)
         if not self.fsdp:
             return model.to(self.device)
         from torch.distributed.fsdp import fully_shard
 
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world,))
-        for block in blocks:
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        for block in max(lists, key=len, default=()):  # the longest list of modules: the transformer's blocks
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh, reshard_after_forward=True)
         return model
 
     @contextmanager
-    def sampling_from(self, model: nn.Module) -> Iterator[None]:
-        """Inside, a sharded model that was called once stays whole, so that processes can call it differently often; and
-        nothing compiles: a cache that grows would be compiled again and again."""
+    def gathered(self, model: nn.Module) -> Iterator[None]:
+        """Inside, a model that was called once stays whole, so that processes can call it differently often."""
         shards = [module for module in model.modules() if self.fsdp and hasattr(module, "reshard")]
         for module in shards:
             module.set_reshard_after_forward(False, recurse=False)
-        with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
-            yield
+        yield
         for module in shards:
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()

@@ -2028,7 +2028,17 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(a, b):
 
 # steps: what one optimizer step does [D6, D12 to D16, D18, D20 to D23]
 
-STEP_NEEDS = ("read_tokens", "ppo_losses", "policy_losses", "value_losses", "Models", "PPO", "optimizer_step", "adamw", "Engine")
+STEP_NEEDS = (
+    "read_tokens",
+    "ppo_losses",
+    "policy_losses",
+    "value_losses",
+    "Models",
+    "PPO",
+    "optimizer_step",
+    "adamw",
+    "Engine",
+)
 
 
 def tiny_models(family: str, shared: bool = False):
@@ -6478,9 +6488,7 @@ def test_a_constant_average_divides_by_the_room():
     )
     close(constant.detach(), token.detach() * rollout.mask.sum() / (8 * 12), tolerance=1e-5)
     short = rollout[[int(rollout.mask.sum(1).argmin())]]
-    one, other = (
-        ppo_losses(models, replace(config, average=a))(short, short)["loss"] for a in ("constant", "token")
-    )
+    one, other = (ppo_losses(models, replace(config, average=a))(short, short)["loss"] for a in ("constant", "token"))
     close(one.detach(), other.detach() * short.mask.sum() / 12, tolerance=1e-5)
 
 
@@ -7354,7 +7362,7 @@ MUTANTS = [
     Mutant("stages may have nothing to do", "test_contradictions_are_refused_with_both_numbers", "refuse(not to_do, f", "refuse(False, f"),
     Mutant("infinite numbers are flags, too", "test_every_number_is_checked", "low <= value <= high and", "low <= value and"),
     Mutant("γ = 0 is refused", "test_every_number_is_checked", '{"tie", "kl-coef", "vf-coef", "gamma", "lam", ', '{"tie", "kl-coef", "vf-coef", "lam", '),
-    Mutant("micro-batches and sample batches change sizes", "test_the_engine_is_the_one_asked_for", "compute.micro_batch_size, compute.sample_batch_size, compute.compile", "compute.sample_batch_size, compute.micro_batch_size, compute.compile"),
+    Mutant("micro-batches and sample batches change sizes", "test_the_engine_is_the_one_asked_for", "compute.micro_batch_size, compute.sample_batch_size, compute.shard", "compute.sample_batch_size, compute.micro_batch_size, compute.shard"),
     Mutant("the commit hides edits", "test_the_commit_says_when_it_is_not_what_ran", '"--always", "--dirty", ', '"--always", '),
     Mutant("the clip of gradients may change on the way", "test_resuming_something_else_is_refused", 'if not flag.startswith("--compute.")', 'if not flag.startswith(("--compute.", "--optimizer.max"))'),
     Mutant("a checkpoint may hold code", "test_resuming_something_else_is_refused", "weights_only=True, mmap=True)", "weights_only=False)"),
