@@ -1162,7 +1162,8 @@ def sample_block(
     position_ids = positions(attention)
     uniforms, written, cache = uniforms.to(device), [], None
     ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=device)
-    cache_name = "cache" if "cache" in inspect.signature(policy.forward).parameters else "past_key_values"
+    takes = inspect.signature(policy.forward).parameters
+    cache_name = next((name for name in ("cache", "cache_params") if name in takes), "past_key_values")
     while len(written) < uniforms.shape[1] and not ended.all():
         newest = torch.full_like(row, tokens.shape[1] - 1)
         with head_at(policy, row, newest), roomy_cache(uniforms.shape[1]):
