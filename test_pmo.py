@@ -7799,11 +7799,12 @@ RACES = {  # layers, width, heads, vocabulary; rows, shortest and longest query,
 }
 
 
-def race(name: str = "short", option: str = "", rounds: int = 3) -> None:
+def race(name: str = "short", option: str = "", micro: int = 16, rounds: int = 3) -> None:
     """Time pmo and TRL in turn, A B A B, in TRL's environment; print seconds, medians, their ratio and peak memory.
 
         python test_pmo.py race tldr            an update of PPO
         python test_pmo.py race tldr 4          the same with four responses per query: TRL gets each query four times
+        python test_pmo.py race tldr 4 32       the same in micro-batches of 32 responses instead of 16
         python test_pmo.py race reward tldr     one epoch of the reward model, on the same pairs
 
     Queries have uniform lengths between the two of RACES; where a mean response is given, the EOS logit is raised so
@@ -7815,7 +7816,7 @@ def race(name: str = "short", option: str = "", rounds: int = 3) -> None:
         sys.exit(f"race: {size} is none of {', '.join(RACES)}, reward")
     hf.utils.logging.set_verbosity_error()
     try:
-        both = contestants(size, 1 if name == "reward" else int(option or 1))
+        both = contestants(size, 1 if name == "reward" else int(option or 1), int(micro))
         about, ours, theirs = reward_race(both) if name == "reward" else update_race(both)
     except ImportError as error:
         sys.exit(f"race: {error}; it needs trl 1.12 and its dependencies (README)")
@@ -7870,8 +7871,8 @@ def memory_peak() -> Iterator[list[float]]:
         watcher.join()
 
 
-def contestants(size: str, G: int) -> SimpleNamespace:
-    """Random models of a size of RACES, and queries: of each, G neighbours."""
+def contestants(size: str, G: int, micro: int) -> SimpleNamespace:
+    """Random models of a size of RACES, and queries: of each, G neighbours. Micro-batches are of `micro` rows."""
     import random
 
     import transformers as hf
@@ -7898,7 +7899,7 @@ def contestants(size: str, G: int) -> SimpleNamespace:
             norm.weight[0], norm.bias[0], head[:, 0], head[eos] = 0.0, 1.0, 0.0, 0.0
             others = (policy(input_ids=torch.tensor([queries[0]])).logits[0, -1] / 0.7).logsumexp(0)
             head[eos, 0] = 0.7 * (others - math.log(mean_response))
-    device, micro = torch.device("cuda" if cuda else "cpu"), 16
+    device = torch.device("cuda" if cuda else "cpu")
     return SimpleNamespace(
         policy=policy, scalar=scalar, tokenizer=tokenizer, queries=[query for query in queries for _ in range(G)], G=G,
         rows=rows, T=T, mean_response=mean_response, vocabulary=vocabulary, cuda=cuda, device=device, micro=micro,
@@ -8263,4 +8264,4 @@ def test_what_the_suite_finds_in_a_peer(peer, tmp_path):
 
 
 if __name__ == "__main__":  # the rest of the command lines ended further up
-    race(*sys.argv[2:4]) if sys.argv[1] == "race" else benchmark(*sys.argv[2:])
+    race(*sys.argv[2:5]) if sys.argv[1] == "race" else benchmark(*sys.argv[2:])
