@@ -1894,7 +1894,7 @@ def evaluate(run: Run) -> None:
     def prefer(a: str, b: str) -> np.ndarray:  # (N,)
         if vote is None:
             return wins_of(marks[a][row], marks[b][row])
-        return engine.once(votes, vote, posts, texts[a], texts[b])
+        return engine.once(votes, vote, posts, texts[a], texts[b], run.folder / "votes.jsonl")
 
     report(run, posts, texts, marks, prefer)
 
@@ -1929,16 +1929,28 @@ def kl_of(
     return (one - two).sum(1).cpu().double().numpy()
 
 
-def votes(judge: Callable[[str, str, str], float], posts: Sequence[Post], a: list[str], b: list[str]) -> np.ndarray:
-    """A judge's preference for a, the mean over both orders: who likes what stands first cancels out."""
-    result = []
-    for post, one, two in zip(posts, a, b):
-        with one_line("--evaluate.judge", judge, one):
-            given = judge(post.post, one, two), judge(post.post, two, one)
-            usable = all(vote in (0, 0.5, 1) for vote in given)
-            refuse(not usable, f"--evaluate.judge returned {reprlib.repr(given)}; each should be 0, 0.5 or 1")
-            result.append((given[0] + 1 - given[1]) / 2)
-    return np.array(result, dtype=float)
+def votes(
+    judge: Callable[[str, str, str], float], posts: Sequence[Post], a: list[str], b: list[str], path: Path
+) -> np.ndarray:  # (N,)
+    """A judge's preference for a, the mean over both orders: who likes what stands first cancels out. What it said is
+    kept in a file: a judge may cost, and fail on the last text."""
+    path.touch()
+    said = {}
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        with suppress(ValueError):  # half a line of a run that was killed: it is asked again
+            *asked, vote = json.loads(line)
+            said[tuple(asked)] = vote
+    with path.open("a", encoding="utf-8") as file:
+        for asked in zip([post.post for post in posts], a, b):
+            if asked not in said:
+                post, one, two = asked
+                with one_line("--evaluate.judge", judge, one):
+                    given = judge(post, one, two), judge(post, two, one)
+                    usable = all(vote in (0, 0.5, 1) for vote in given)
+                    refuse(not usable, f"--evaluate.judge returned {reprlib.repr(given)}; each should be 0, 0.5 or 1")
+                said[asked] = (given[0] + 1 - given[1]) / 2
+                print(json.dumps([*asked, said[asked]]), file=file, flush=True)
+    return np.array([said[asked] for asked in zip([post.post for post in posts], a, b)], dtype=float)
 
 
 def compare_marks(x: Marks, y: Marks, wins: np.ndarray) -> Figures:

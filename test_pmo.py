@@ -3348,7 +3348,7 @@ def test_all_models_of_a_run_need_one_tokenizer():
 
 
 @law(
-    "a judge is asked in both orders, so that a liking for what stands first cancels out",
+    "a judge is asked in both orders, so that a liking for what stands first cancels out; what it has answered is kept",
     "D24; position bias: Zheng et al. 2023, arXiv 2306.05685", *RUN_NEEDS, "votes",
 )  # fmt: skip
 def test_judges_are_asked_in_both_orders():
@@ -3359,12 +3359,23 @@ def test_judges_are_asked_in_both_orders():
         patch.delitem(sys.modules, "toy_rules", raising=False)
         impl.load_function("--evaluate.judge", "toy_rules:prefers_the_first")
         module = sys.modules["toy_rules"]
-        assert impl.votes(module.prefers_the_first, posts, a, b).tolist() == [0.5] * 4
-        assert impl.votes(module.prefers_the_longer, posts, a, b).tolist() == [1, 0, 0.5, 0.5]
-        assert "0.7" in config_error(lambda: impl.votes(lambda post, a, b: 0.7, posts, a, b))
+        kept, folder = Path("votes kept.jsonl"), Path(tempfile.mkdtemp(dir=workshop()))
+        assert impl.votes(module.prefers_the_first, posts, a, b, folder / "first").tolist() == [0.5] * 4
+        assert impl.votes(module.prefers_the_longer, posts, a, b, kept).tolist() == [1, 0, 0.5, 0.5]
+        assert "0.7" in config_error(lambda: impl.votes(lambda post, a, b: 0.7, posts, a, b, folder / "odd"))
         asked = []
-        impl.votes(lambda post, a, b: asked.append((post, a, b)) or 1, posts[:1], a, b)
+        once = lambda post, a, b: asked.append((post, a, b)) or 1  # noqa: E731
+        impl.votes(once, posts[:1], a, b, folder / "once")
         assert asked == [(posts[0].post, "long text", "y"), (posts[0].post, "y", "long text")]
+        # one that fails is not asked again what it has answered, even where a kill left half a line
+        kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:2]) + '["half a line", "')
+        assert impl.votes(once, posts, a, b, kept).tolist() == [1, 0, 0.5, 0.5] and len(asked) == 2 + 2 * 2
+        failing = iter([1, 0, 1])
+        assert "StopIteration" in config_error(
+            lambda: impl.votes(lambda *_: next(failing), posts, a, b, folder / "fails")
+        )
+        impl.votes(once, posts, a, b, folder / "fails")
+        assert len(asked) == 6 + 2 * 3, "one of four pairs had both its votes"
         rates = {}
         judges = ("labeler", "reward", str(finished_run() / "reward"), "toy_rules:prefers_the_longer")
         for i, judge in enumerate(judges):
@@ -5751,7 +5762,7 @@ def test_users_functions_fail_in_one_line():
             ("text", "--evaluate.judge returned ('1.0', '1.0'); each should be 0, 0.5 or 1"),
         ):  # fmt: skip
             judge = impl.load_function("--evaluate.judge", f"faulty:{name}")
-            assert config_error(lambda judge=judge: impl.votes(judge, posts, texts, texts)) == said
+            assert config_error(lambda judge=judge: impl.votes(judge, posts, texts, texts, Path("v"))) == said
         posts = [post._replace(record={"a": 1}) for post in posts]
         assert impl.verified(impl.load_function(flag, "faulty:changes"), posts, texts) == [1.0, 1.0]
         assert (
@@ -7265,7 +7276,9 @@ MUTANTS = [
     Mutant("a rule sees the post's fields only", "test_a_rule_replaces_the_reward_model", "rule(post.post, text, copy.deepcopy(post.record))", "rule(post.post, text, post.fields())"),
     Mutant("a rule judges another post's response", "test_a_rule_replaces_the_reward_model", "asked, prompts = [posts[i] for i in picked],", "asked, prompts = posts,"),
     Mutant("the values of a rule start anywhere", "test_a_rule_replaces_the_reward_model", "        nn.init.zeros_(value_model.classifier.score.weight)\n", ""),
-    Mutant("a judge is asked once", "test_judges_are_asked_in_both_orders", "judge(post.post, two, one)", "1 - judge(post.post, one, two)"),
+    Mutant("a judge is asked once", "test_judges_are_asked_in_both_orders", "judge(post, two, one)", "1 - judge(post, one, two)"),
+    Mutant("a judge is asked again what it has answered", "test_judges_are_asked_in_both_orders", "if asked not in said:", "if asked:"),
+    Mutant("a vote is kept for any pair of texts of a post", "test_judges_are_asked_in_both_orders", "said[tuple(asked)] = vote", "said.update(dict.fromkeys(((asked[0], x, y) for x in a for y in b), vote))"),
     Mutant("any policy may be evaluated", "test_all_models_of_a_run_need_one_tokenizer", 'check_tokenizer(run, run.path("ppo"))', "pass"),
     Mutant("any reward model will do", "test_all_models_of_a_run_need_one_tokenizer", "check_tokenizer(run, folder)\n", "pass\n"),
     Mutant("the judge is always the labeler", "test_judges_are_asked_in_both_orders", '{"labeler": "labeler", "reward": "score"}.get(judge, "judge")', '"labeler"'),
