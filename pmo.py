@@ -787,11 +787,11 @@ def headline(post: Post) -> str:
 
 def sft(run: Run) -> None:
     """Supervised fine-tuning: −log π(summary and EOS | query), so that it learns to stop, too [D4, D6]."""
-    config, codec = run.config.sft, run.codec("base")
+    codec = run.codec("base")
     model = run.engine.place(load_policy(run.path("base")))
     check_room(model, run.config.data)
     train, valid = read_examples(run, "train", codec), read_examples(run, "valid", codec)
-    train_language_model(run, "sft", model, train, config, config.prompt_weight, cosine)
+    train_language_model(run, "sft", model, train, run.config.sft.prompt_weight, cosine)
     right = held_out_loss(model, valid, run.engine)
     wrong = held_out_loss(model, valid.exchanged(), run.engine)
     run.log({"valid/loss": right, "valid/loss_other_post": wrong})
@@ -800,14 +800,10 @@ def sft(run: Run) -> None:
 
 
 def train_language_model(
-    run: Run,
-    stage: str,
-    model: PreTrainedModel,
-    batch: Batch,
-    config: Pretrain | SFT,
-    prompt_weight: float,
-    schedule: Callable[[float], float],  # of the share of steps that are done
+    run: Run, stage: str, model: PreTrainedModel, batch: Batch, prompt_weight: float, schedule: Callable[[float], float]
 ) -> None:
+    """The loop of both stages that learn to write; `schedule` is of the share of steps that are done."""
+    config: Pretrain | SFT = getattr(run.config, stage)
     order = shuffled(run.config.seed, stage, len(batch), 0, max(1, round(config.epochs * len(batch))))
     steps = chunks(order, config.batch_size)
     run.say(f"{model.config.model_type}, {model.num_parameters() / 1e6:.2f}M parameters; {len(batch):,} examples")
@@ -2173,7 +2169,7 @@ def pretrain(run: Run) -> None:
     posts, queries = read_prompts(run, "train", codec)
     repeated = [f"{post.title}. {' '.join(post.post[:200].split()[:12])}" for post in posts]
     batch = Batch(queries, codec.responses(repeated, posts))
-    train_language_model(run, "pretrain", model, batch, config.pretrain, 1.0, schedule=lambda progress: 1.0)
+    train_language_model(run, "pretrain", model, batch, 1.0, lambda progress: 1.0)
     run.write("base", partial(save_model, model, run.engine.weights(model), tokenizer))
 
 

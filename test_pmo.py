@@ -3109,7 +3109,7 @@ def test_what_is_asked_for_in_pretraining_and_sft():
     for (args, _), (stage, texts, weight, schedule, steps) in zip(calls, (
         ("pretrain", [p.title + ". " + " ".join(p.post.split()[:12]) for p in posts], 1.0, [1.0, 1.0], 2), ("sft", [p.summary for p in posts], 0.25, [1.0, 0.5], 10),
     ), strict=True):  # fmt: skip
-        batch, prompt_weight, factors = args[3], args[5], [args[6](x) for x in (0.0, 0.5)]
+        batch, prompt_weight, factors = args[3], args[4], [args[5](x) for x in (0.0, 0.5)]
         assert args[1] == stage and batch.queries == codec.queries(posts) and batch.responses == codec.responses(texts)
         assert prompt_weight == weight and factors == pytest.approx(schedule)
         assert len([m for m in metrics_of(folder) if m["stage"] == stage and "lr" in m]) == steps
@@ -7266,7 +7266,7 @@ MUTANTS = [
     Mutant("only the best and the worst are compared", "test_comparisons_are_all_pairs_at_ppos_temperature", "enumerate(combinations(ranked, 2))", "enumerate([(ranked[0], ranked[-1])])"),
     Mutant("any difference is a preference", "test_comparisons_are_the_labelers", "if abs(scores[0] - scores[1]) <= tie or", "if scores[0] == scores[1] or"),
     Mutant("the warm-up asks for summaries", "test_what_is_asked_for_in_pretraining_and_sft", "codec.responses(repeated, posts)", "codec.responses([post.summary for post in posts], posts)"),
-    Mutant("the warm-up ignores the prompt", "test_what_is_asked_for_in_pretraining_and_sft", "batch, config.pretrain, 1.0,", "batch, config.pretrain, 0.0,"),
+    Mutant("the warm-up ignores the prompt", "test_what_is_asked_for_in_pretraining_and_sft", "batch, 1.0, lambda", "batch, 0.0, lambda"),
     Mutant("the control exchanges nothing", "test_held_out_figures_are_the_saved_models", "held_out_loss(model, valid.exchanged(), run.engine)", "held_out_loss(model, valid, run.engine)"),
     Mutant("accuracy is measured on training pairs", "test_held_out_figures_are_the_saved_models", 'valid, kinds = read_rankings(run, "valid", codec)', 'valid, kinds = read_rankings(run, "train", codec)'),
     Mutant("a pair fits when one text does", "test_what_fits_is_kept_whole", "max(len(a), len(b)) <= limit and", "min(len(a), len(b)) <= limit and"),
