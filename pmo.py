@@ -1882,8 +1882,9 @@ def evaluate(run: Run) -> None:
             writer, batch = f"{name} T={temperature}", Batch(queries, responses)
             texts[writer] = [codec.text(response) for response in responses]
             marks[writer] = marks_of(posts, batch, codec, labeler, scorers, engine)
-            if temperature == warm:  # the KL is that of the policy PPO sampled from
-                marks[writer]["kl"] = kl_of(policy, policies["SFT"], batch, warm, engine)
+            if temperature == warm:  # KL(π ‖ SFT) in nats, of the policy PPO sampled from: log π − log SFT on its own
+                one, two = (batch_logprobs(model, batch, warm, engine) for model in (policy, policies["SFT"]))
+                marks[writer]["kl"] = (one - two).sum(1).cpu().double().numpy()
     row = {"labeler": "labeler", "reward": "score"}.get(judge, "judge")
     vote = load_function("--evaluate.judge", judge) if row not in own else None
 
@@ -1915,14 +1916,6 @@ def marks_of(
     for name, of in (("rouge_l", posts), ("rouge_l, other post", others)):  # NaN: nothing to measure by
         marks[name][[not WORD.search(post.summary) for post in of]] = np.nan
     return marks
-
-
-def kl_of(
-    policy: PreTrainedModel, other: PreTrainedModel, batch: Batch, temperature: float, engine: Engine
-) -> np.ndarray:
-    """log π − log π_other of each of π's own responses, (N,): its mean estimates KL(π ‖ π_other) in nats."""
-    one, two = (batch_logprobs(model, batch, temperature, engine) for model in (policy, other))
-    return (one - two).sum(1).cpu().double().numpy()
 
 
 def votes(
