@@ -2613,9 +2613,6 @@ class Config:
         refuse(again, "--compare.policy ppo needs --from-run, a run whose policy and comparisons there are")
         refuse(len(self.sweep) == 1, f"--sweep {' '.join(self.sweep)}: a flag needs values")
         refuse(bool(self.sweep) and self.resume is not None, "--sweep makes runs of its own; --resume goes on with one")
-        self.check_stages()
-
-    def check_stages(self) -> None:
         asked, order = " ".join(self.stages), [stage for stage in STAGES if stage in self.stages]
         refuse(list(self.stages) != order, f"--stages {asked}: they run in the order {' '.join(STAGES)}, once each")
         to_do = [stage for stage in self.stages if not self.is_given(stage)]

@@ -3705,7 +3705,7 @@ def test_help_explains_every_flag():
 )  # fmt: skip
 def test_every_flag_is_read():
     source, settings_ = inspect.getsource(impl), "# 8 config: "
-    rest = source[: source.index(settings_)] + source[source.index("def check_stages") :]
+    rest = source[: source.index(settings_)] + source[source.index("def is_given") :]
     for flag, cls, name in all_flags(impl.Config()):
         properties = [inspect.getsource(p.fget) for p in vars(cls).values() if isinstance(p, property)]
         assert re.search(rf"\.{name}\b", rest + "".join(properties)), f"--{flag} is never read"
