@@ -443,7 +443,7 @@ def minibatches(seed: int, update: int, epoch: int, config: PPO) -> list[list[in
     """All rollouts of a batch, each once, those of a query together, in an order that only this epoch has [D19]."""
     G = config.responses_per_query
     order = rng(seed, "minibatches", update, epoch).permutation(config.batch_size // G).tolist()
-    return chunks([query * G + g for query in order for g in range(G)], config.minibatch_size)
+    return chunks([query * G + g for query in order for g in range(G)], config.batch_size // config.num_minibatches)
 
 
 def ppo_losses(models: Models, config: PPO) -> list[Losses]:
@@ -2488,10 +2488,6 @@ class PPO:
         return self.total_episodes // self.batch_size
 
     @property
-    def minibatch_size(self) -> int:
-        return self.batch_size // self.num_minibatches
-
-    @property
     def learns_values(self) -> bool:
         return self.baseline in ("value-model", "value-head")
 
@@ -2597,7 +2593,8 @@ class Config:
             refuse(True, f"--data.query-format: posts have no {{{name}}}")
         for whole, part in (("--pretrain.width", "--pretrain.heads"), ("--ppo.batch-size", "--ppo.num-minibatches")):
             refuse(flags[whole] % flags[part] != 0, f"{whole} {flags[whole]} is not a multiple of {part} {flags[part]}")
-        size, G, batch = ppo.minibatch_size, ppo.responses_per_query, f"--ppo.batch-size {ppo.batch_size}"
+        size, G = ppo.batch_size // ppo.num_minibatches, ppo.responses_per_query
+        batch = f"--ppo.batch-size {ppo.batch_size}"
         minibatch = f"{batch} in --ppo.num-minibatches {ppo.num_minibatches} is {size} responses in each"
         refuse(size % G != 0, f"{minibatch}, not a multiple of --ppo.responses-per-query {G}")
         few = f"--ppo.total-episodes {ppo.total_episodes} is less than one batch, {batch}"
