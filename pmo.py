@@ -1452,9 +1452,6 @@ def parse_comparison(record: dict) -> Comparison:
     return Comparison(post, texts[choice], texts[1 - choice], tuple(kinds))
 
 
-TOLERATED = 0.01  # share of unusable records; more are an error
-
-
 def lines_of(path: Path) -> AbstractContextManager[Iterable[bytes | dict]]:
     """Lines of a JSON Lines file (.gz too), or rows of a Parquet file."""
     if path.suffix == ".parquet":
@@ -1481,7 +1478,7 @@ def read_records(path: Path, parse: Callable[[dict], NamedTuple]) -> tuple[list,
     if bad and isinstance(line, bytes) and line.isspace():  # the last: many a program writes one
         bad, unusable = bad - 1, unusable[: bad - 1]
     complaint = f"{path}: {bad:,} of {bad + len(records):,} records are unusable: {'; '.join(unusable)}"
-    refuse(bad > TOLERATED * (bad + len(records)), f"{complaint} (at most {TOLERATED:.0%} may be)")
+    refuse(bad > 0.01 * (bad + len(records)), f"{complaint} (at most 1% may be)")
     refuse(not records, f"{path}: no records")
     return records, [complaint] if unusable else []
 

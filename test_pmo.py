@@ -7170,7 +7170,7 @@ MUTANTS = [
     Mutant("the choice is upside down", "test_the_choice_is_the_chosen_text", "texts[choice], texts[1 - choice]", "texts[1 - choice], texts[choice]"),
     Mutant("fields may be numbers", "test_any_record_is_parsed_or_refused", "refuse(not isinstance(text, str), f\"field '{name}' is missing or not text\")", "if not isinstance(text, str):\n        return text"),
     Mutant("articles are read as posts", "test_both_forms_of_the_data_are_read", 'if "article" in info and "post" not in info:', "if False:"),
-    Mutant("broken records pass in silence", "test_broken_records_are_counted_or_refused", "refuse(bad > TOLERATED * (bad + len(records)),", "refuse(False,"),
+    Mutant("broken records pass in silence", "test_broken_records_are_counted_or_refused", "refuse(bad > 0.01 * (bad + len(records)),", "refuse(False,"),
     Mutant("broken records are not reported", "test_broken_records_are_counted_or_refused", 'unusable += [f"line {number}: {error}"] if bad <= 3 else []', "bad -= 1"),
     Mutant("log-probabilities come one position late", "test_response_logprobs_are_the_plain_models", "torch.cat([before, place[:, :-1]], dim=1)", "torch.cat([before + 1, place[:, 1:]], dim=1)"),
     Mutant("ROUGE-L is recall", "test_rouge_l_is_the_f1_of_the_longest_common_subsequence", "2 * row[-1] / max(1, len(a) + len(b))", "row[-1] / max(1, len(b))"),
