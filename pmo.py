@@ -366,10 +366,9 @@ class Rollout:
     def __getitem__(self, rows: Sequence[int]) -> Rollout:
         """These episodes, as wide as their longest response."""
         T = max(len(self.batch.responses[i]) for i in rows)
-        given = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        picked = {name: x if x is None or name == "room" else x[rows] for name, x in given.items()}
+        picked = {name: x[rows] for name, x in vars(self).items() if isinstance(x, Tensor | Batch)}
         trimmed = {name: x[:, :T] for name, x in picked.items() if isinstance(x, Tensor) and x.dim() == 2}
-        return Rollout(**picked | trimmed)
+        return replace(self, **picked | trimmed)
 
     @cached_property
     def layout(self) -> Layout:
