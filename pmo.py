@@ -2990,8 +2990,7 @@ class Run:
     def save_progress(self, progress: dict) -> None:
         """In one file, which is replaced whole: a kill at any moment leaves the old one or the new one."""
         paths = {name: self.folder / name for name in LOGS if (self.folder / name).exists()}
-        for path in paths.values():
-            to_disk(path)
+        to_disk(*paths.values())
         sizes = {name: path.stat().st_size for name, path in paths.items()}
         inputs = self.progress.get("inputs", {})
         progress = {"finished": self.progress["finished"], "inputs": inputs, "sizes": sizes} | progress
