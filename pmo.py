@@ -3014,7 +3014,7 @@ class Run:
 
     def stop(self, number: int = 0, *_: object) -> None:
         """A signal: finish the step and save, where one can; elsewhere, or the second time, end at once."""
-        if self.interrupted and number == getattr(signal, "SIGHUP", None):
+        if self.interrupted and number == signal.SIGHUP:
             return  # a terminal that closes may say so twice
         if self.interrupted or not self.in_steps:
             raise KeyboardInterrupt
@@ -3128,7 +3128,7 @@ def discard(path: Path) -> None:
 
 def to_disk(*paths: Path) -> None:
     """Have files and folders written to the disk itself: renaming then survives a power cut too."""
-    for each in paths if os.name == "posix" else ():
+    for each in paths:
         descriptor = os.open(each, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -3208,10 +3208,9 @@ def start(config: Config) -> Path:
     logging.disable_progress_bar()
     work = dict(zip(STAGES, (corpus, pretrain, sft, compare, reward, ppo, evaluate)))
     run = Run(config)
-    signals = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")]
     alone = threading.current_thread() is threading.main_thread()  # which alone hears signals; under nohup not all
-    heard = [number for number in signals if alone and number and signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, run.stop) for number in heard}
+    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if alone else ()
+    before = {each: signal.signal(each, run.stop) for each in heard if signal.getsignal(each) is not signal.SIG_IGN}
     try:
         run.introduce()
         for stage in config.stages:
