@@ -2681,9 +2681,8 @@ class Engine:
         available = torch.cuda.is_available()
         refuse(compute.device == "cuda" and not available, "--compute.device cuda: PyTorch sees no CUDA device")
         device = torch.device("cuda" if available and compute.device != "cpu" else "cpu")
-        bfloat16 = compute.precision == "bfloat16"
-        if compute.precision == "auto" and device.type == "cuda":
-            bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        bfloat16 = native if compute.precision == "auto" else compute.precision == "bfloat16"
         if device.type == "cuda":
             processes, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
             refuse(processes > there, f"{processes} processes need a GPU each: there are {there}")
@@ -2866,10 +2865,9 @@ class Run:
     def find(self, name: str, remedy: str, own: bool = True) -> Path:
         """A file or subfolder of this run, or of --from-run, to read from; or of --from-run alone."""
         folders = (self.folder, *self.config.from_run) if own else self.config.from_run
-        for folder in folders:
-            if (folder / name).exists():
-                return folder / name
-        raise InputError(f"no {name} in {' or '.join(map(str, folders))}: {remedy}")
+        there = [folder / name for folder in folders if (folder / name).exists()]
+        refuse(not there, f"no {name} in {' or '.join(map(str, folders))}: {remedy}")
+        return there[0]
 
     def path(self, name: str) -> str | Path:
         """Where the base, sft, reward or ppo model is: given, or made by this run or an earlier one."""
