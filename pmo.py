@@ -325,11 +325,10 @@ def ppo(run: Run) -> None:
 
 
 class Models(NamedTuple):
-    """The four models of PPO; two learn, two are frozen. A rule may stand in for the reward model, and a baseline that
-    is not learned for the value model."""
+    """The four models of PPO; two learn, two are frozen. A rule may stand in for the reward model."""
 
     policy: PreTrainedModel
-    value_model: ScalarModel | ValueHead | None
+    value_model: ScalarModel | ValueHead | None  # None: the baseline is not learned
     ref_policy: PreTrainedModel
     reward_model: Scorer
 
@@ -966,10 +965,7 @@ class ScalarModel(nn.Module):
     def load(
         cls, folder: str | Path, train_bias: bool = False, new_head: np.random.Generator | None = None
     ) -> ScalarModel:
-        """From a reward model's folder; with `new_head`, from any: w ~ N(0, std 1/√(D+1)) is then drawn [D7; 5].
-
-        Dropout is off, and stays off: nothing calls train() [D11].
-        """
+        """From a reward model's folder; with `new_head`, from any: w ~ N(0, std 1/√(D+1)) is then drawn [D7; 5]."""
         what, new = ("a reward model", None) if new_head is None else ("a policy", "score.weight")
         classifier = load_model("AutoModelForSequenceClassification", folder, what, new, num_labels=1)
         head = getattr(classifier, "score", None)
@@ -1616,8 +1612,7 @@ class Batch:
         return [list(group) for _, group in groupby(range(len(self)), key)]
 
     def parts(self, size: int) -> list[tuple[list[int], int, int]]:
-        """Rows that a micro-batch should hold together (neighbours that share a query, but for more than `size`), with
-        their number of responses and of tokens."""
+        """Rows to hold together, neighbours that share a query, up to `size`; their number of responses, of tokens."""
         groups = [part for group in self.groups() for part in chunks(group, size)]
         widths = [len(self.queries[group[0]]) + sum(len(self.responses[i]) for i in group) for group in groups]
         return [(group, len(group), width) for group, width in zip(groups, widths)]
@@ -1939,8 +1934,7 @@ def votes(
 
 
 def compare_marks(x: Marks, y: Marks, wins: np.ndarray) -> Figures:
-    """One writer against another on the same posts: share of wins, the same where both wrote as many tokens (to a
-    tenth), and mean differences."""
+    """One writer against another: share of wins, also where both are as long (to a tenth), and mean differences."""
     margins = (marks["labeler"] - marks["labeler, other post"] for marks in (x, y))
     gains = {"margin gain": np.subtract(*margins)}
     gains |= {f"{name} gain": x[name] - y[name] for name in ("rouge_l", "score")}
@@ -2103,8 +2097,7 @@ def corpus(run: Run) -> None:
         run.say(f"{len(posts[:size]):,} {split} posts")
 
 
-# The corpus of the default run: functions and classes document themselves in one line (the summary), then in
-# paragraphs (the post). PEP 257 asks for exactly this, so the data set lies on every machine that can run this file.
+# PEP 257 asks of docstrings one line (the summary), then paragraphs (the post): data that every machine has.
 LIBRARIES = ("python", "torch", "transformers", "numpy", "sympy", "networkx", "huggingface_hub")
 NAME_OR_DOCSTRING = re.compile(r'\b(?:def|class)\s+(\w+)|:[ \t]*(?:#[^\n]*)?\n[ \t]*[rRuU]?"""(.*?)"""', re.DOTALL)
 NOT_PROSE = re.compile(r">>>|\.\. |(examples?|references?|see also|notes?)\b|[^\n]*\n[-=~]{3,}", re.IGNORECASE)
@@ -2242,8 +2235,7 @@ def compare(run: Run) -> None:
 def compared_by(
     labeler: Labeler, post: Post, a: tuple[str, str], b: tuple[str, str], tie: float, flip: bool
 ) -> list[dict]:
-    """The labeler's comparison of two (policy, text) as a record of OpenAI's format; none of an empty text, or of two
-    that it can hardly tell apart: their order would be noise."""
+    """The labeler's comparison of two (policy, text) as OpenAI's record; none of an empty text, and none of a tie."""
     summaries = [b, a] if flip else [a, b]
     scores = [labeler.score(post, text) for _, text in summaries]
     if abs(scores[0] - scores[1]) <= tie or not all(text.strip() for _, text in summaries):
@@ -2714,10 +2706,7 @@ class Engine:
             torch.set_float32_matmul_precision(before)
 
     def place(self, model: nn.Module) -> nn.Module:
-        """The model on this process's device: whole, or its share of every weight, by FSDP2.
-
-        Of a sharded model only the transformer block that computes is whole.
-        """
+        """The model on this process's device: whole; or its share of every weight, by FSDP2, block by block."""
         if not self.fsdp:
             return model.to(self.device)
         from torch.distributed.fsdp import fully_shard
@@ -2764,8 +2753,7 @@ class Engine:
         return norm.full_tensor() if self.fsdp else norm
 
     def shard(self, groups: list[list[int]]) -> list[tuple[list[int], bool]]:
-        """This process's groups. All compute equally many, as sums and shards need all: the first fills up, and there
-        does not count."""
+        """This process's groups, and whether they count: all compute equally many, and what fills up does not count."""
         mine = [(rows, True) for rows in groups[self.rank :: self.world]]
         return mine + [(groups[0], False)] * (math.ceil(len(groups) / self.world) - len(mine))
 
@@ -2815,8 +2803,7 @@ class Run:
         self.interrupted, self.in_steps, self.untouched = False, False, not config.resume
         self.said: set[str] = set()
         self.bar = tqdm(disable=True)
-        # Stages that are finished, and the lengths of the logs. In the middle of a stage: its name, the next step, and
-        # "model" and "optim", all that steps change.
+        # What is finished, how long the logs are; within a stage its name, the next step, and "model" and "optim".
         self.progress: dict = {"finished": [], "sizes": dict.fromkeys(LOGS, 0), "stage": "", "step": 0}
         inputs = self.engine.once(fingerprints, config)
         if config.resume:
@@ -2945,8 +2932,7 @@ class Run:
         self.say(f"{self.stage}: {self.seconds[self.stage]:.0f} s")
 
     def steps(self, stage: str, total: int, optimizer: torch.optim.Optimizer, **models: nn.Module) -> Iterator[int]:
-        """Step numbers, with a progress bar on a terminal. The loop can be interrupted, and later go on: optimizer and
-        models are all that steps change."""
+        """Step numbers. The loop can be interrupted, and go on later: steps change optimizer and models alone."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
         models, first = nn.ModuleDict(models), 0
@@ -3155,10 +3141,7 @@ def stored(folder: Path) -> dict:
 
 
 def continued(folder: Path, config: Config) -> tuple[dict, list[str]]:
-    """What config.json will say of a run that goes on, and what has changed.
-
-    Where and how to compute may change, and the learning rates, if it diverged.
-    """
+    """What config.json will say of a run that goes on, and what has changed: --compute may, and learning rates."""
     record, now = stored(folder), json.loads(json.dumps(provenance(config), default=str))
     was, flags = flags_of(record["config"]), flags_of(now["config"])
     changed = [flag for flag in flags if flags[flag] != was.get(flag) and flag not in ("--folder", "--resume")]
