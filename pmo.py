@@ -2806,18 +2806,15 @@ class Run:
         # What is finished, how long the logs are; within a stage its name, the next step, and "model" and "optim".
         self.progress: dict = {"finished": [], "sizes": dict.fromkeys(LOGS, 0), "stage": "", "step": 0}
         inputs = self.engine.once(fingerprints, config)
+        self.folder = config.resume or self.engine.once(fresh_folder, config.folder)
+        record, changes = continued(self.folder, config) if config.resume else (provenance(config), [])
+        self.engine.once(self.lock)
+        self.note(changes)
         if config.resume:
-            self.folder = config.resume
-            record, changes = continued(self.folder, config)
-            self.engine.once(self.lock)
-            self.note(changes)
             self.load_progress()
             others = [path for path, was in self.progress.get("inputs", {}).items() if inputs.get(path) != was]
             refuse(bool(others), f"--resume {self.folder}: {' '.join(others)} is not what it was when the run began")
         else:
-            self.folder = self.engine.once(fresh_folder, config.folder)
-            record = provenance(config)
-            self.engine.once(self.lock)
             self.save_progress(self.progress | {"inputs": inputs})
         self.write("config.json", partial(write_json, record))
         self.writer = None
@@ -2976,8 +2973,7 @@ class Run:
         paths = {name: self.folder / name for name in LOGS if (self.folder / name).exists()}
         to_disk(*paths.values())
         sizes = {name: path.stat().st_size for name, path in paths.items()}
-        inputs = self.progress.get("inputs", {})
-        progress = {"finished": self.progress["finished"], "inputs": inputs, "sizes": sizes} | progress
+        progress = self.progress | {"sizes": sizes} | progress
         self.write(STATE, partial(torch.save, progress))
         self.progress = {name: value for name, value in progress.items() if name not in ("model", "optim")}
         self.saved = time.monotonic()
