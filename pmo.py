@@ -106,8 +106,7 @@ if TYPE_CHECKING:
 def response_mask(responses: Tensor, eos_id: int) -> Tensor:  # (B, T) the sampler's output, full width -> (B, T) bool
     """True up to and including the first EOS; all True in a row without one [D3, D4].
 
-    What the sampler wrote after EOS is no part of the response, whatever it is. A pad id plays no role here.
-    """
+    What the sampler wrote after EOS is no part of the response, whatever it is. A pad id plays no role here."""
     is_eos = responses == eos_id
     eos_before = is_eos.cumsum(1) - is_eos.long()
     return eos_before == 0
@@ -126,8 +125,7 @@ def penalize_missing_eos(scores: Tensor, has_eos: Tensor, value: float) -> Tenso
 def logprobs_of(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:  # (B, T, V), (B, T) -> (B, T)
     """log softmax(logits / temperature)[token], in float32 (float64 stays float64).
 
-    The temperature is the one the tokens were sampled with: it defines the policy [D13; 4].
-    """
+    The temperature is the one the tokens were sampled with: it defines the policy [D13; 4]."""
     logits = _at_least_float32(logits) / temperature
     return -F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
@@ -148,8 +146,7 @@ def whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:  # (B, T
     """(x − mean) / (std + 1e-8) over the mask, population variance; `shift_mean=False` gives x / (std + 1e-8).
 
     Without the shift zero stays zero and signs stay, as whitened *rewards* should ([4]'s code adds the mean back
-    instead). Input without spread (std < 1e-6) is left unscaled: dividing would only blow up rounding errors [D16].
-    """
+    instead). Input without spread (std < 1e-6) is left unscaled: dividing would only blow up rounding errors [D16]."""
     x = x.masked_fill(~mask, 0)
     mean = masked_mean(x, mask)
     mean = mean + masked_mean(x - mean, mask)  # a second pass removes the rounding error of the first
@@ -164,8 +161,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, kind: Literal["k1", "k2"
 
         k1 = log π − log π_ref        k2 = k1² / 2        k3 = π_ref / π − 1 + k1
 
-    k1 and k3 are unbiased; k2 is biased, of low variance; k2 and k3 are never negative.
-    """
+    k1 and k3 are unbiased; k2 is biased, of low variance; k2 and k3 are never negative."""
     k1 = logprobs - ref_logprobs
     if kind == "k1":
         return k1
@@ -180,8 +176,7 @@ def kl_loss(logprobs: Tensor, ref_logprobs: Tensor, kl_coef: float, kind: str = 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:  # (B,), (B, T) ... -> (B, T)
     """rₜ = −β klₜ on every response token, plus the score on the last one [D15; 5, §3.4; Ziegler et al. 2019, eq. 2].
 
-    The last response token is the EOS action itself: it earned the score. [4]'s code pays one slot later.
-    """
+    The last response token is the EOS action itself: it earned the score. [4]'s code pays one slot later."""
     penalties = (-kl_coef * kl).masked_fill(~mask, 0)
     last = mask.sum(1, keepdim=True) - 1
     return penalties.scatter_add(1, last, scores[:, None].to(penalties.dtype))
@@ -193,8 +188,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         δₜ = rₜ + γ Vₜ₊₁ − Vₜ        Aₜ = δₜ + γλ Aₜ₊₁        Rₜ = Aₜ + Vₜ
 
     The response ends the episode: V and A are 0 after its last token. λ = 0 gives the TD residual, λ = 1 the
-    Monte-Carlo return minus V. Not whitened.
-    """
+    Monte-Carlo return minus V. Not whitened."""
     rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
     next_value = next_advantage = torch.zeros_like(values[:, 0])
     backwards = []
@@ -210,8 +204,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 def leave_one_out(returns: Tensor, G: int) -> Tensor:  # (B,) groups of G neighbours -> (B,)
     """Mean over the other members of each group: a baseline that knows nothing of the response itself [9, eq. 7].
 
-    return − baseline = G / (G − 1) · (return − mean of the group).
-    """
+    return − baseline = G / (G − 1) · (return − mean of the group)."""
     groups = returns.view(-1, G)
     return ((groups.sum(1, keepdim=True) - groups) / (G - 1)).flatten()
 
@@ -220,8 +213,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
     """−min(ρ A, clip(ρ, 1 − ε, 1 + ε) A),  ρ = π / π_old [1, eq. 7; D18]; without a clip (ε = ∞) −ρ A [1, eq. 6].
 
     Of each token, unreduced. The minimum is pessimistic: the clip removes the gradient only where the step would gain
-    from going further.
-    """
+    from going further."""
     ratio = (logprobs - old_logprobs).exp()
     clipped = ratio.clamp(1 - cliprange, 1 + cliprange)
     return -torch.min(ratio * advantages, clipped * advantages)
@@ -242,8 +234,7 @@ def aggregate(
     """One number: "token" is the mean over tokens, "sequence" the mean over rows of each row's token mean.
 
     `normalizer` is the count (of tokens, of rows) in the whole minibatch, over all its micro-batches and processes;
-    results of the parts then add up to the result of the whole, and splitting never changes a gradient [D20].
-    """
+    results of the parts then add up to the result of the whole, and splitting never changes a gradient [D20]."""
     losses = losses.masked_fill(~mask, 0)
     if how == "token":
         return losses.sum() / (mask.sum() if normalizer is None else normalizer)
@@ -389,8 +380,7 @@ def read_tokens(
     """What policy, value model and reference say of responses that were just sampled.
 
     The policy reads them in the micro-batches of the first epoch: the same rows side by side, by the same kind of
-    forward pass. Kernels round by shape, and the ratio before the first step should be 1, not nearly 1 [D14].
-    """
+    forward pass. Kernels round by shape, and the ratio before the first step should be 1, not nearly 1 [D14]."""
     size = engine.micro_batch_size
     groups = [[rows[i] for i in group] for rows in first_epoch for group in micro_batches(batch[rows], size)]
 
@@ -423,8 +413,7 @@ def credit(rollout: Rollout, rewards: Tensor, config: PPO) -> Rollout:
     """With advantages Ψₜ of the policy gradient Σₜ ∇log π(aₜ|sₜ) Ψₜ [3, eq. 1], and the returns that values learn.
 
     A baseline that knows nothing of the response leaves the gradient unbiased. Without a learned one Ψ is the
-    reward-to-go, less the same number for every token of a response. Whitening is over all tokens of the batch [D16].
-    """
+    reward-to-go, less the same number for every token of a response. Whitening is over the batch's tokens [D16]."""
     if config.learns_values:
         advantages, returns = gae(rewards, rollout.values, rollout.mask, config.gamma, config.lam)
     else:
@@ -505,8 +494,7 @@ def optimizer_step(
     """One step on a minibatch, in micro-batches of similar length. Every stage learns through this function.
 
     Each of `losses(part, whole)` returns the shares of the micro-batch `part` in statistics of the minibatch `whole`,
-    "loss" among them: so gradients and statistics of the parts simply add up [D20].
-    """
+    "loss" among them: so gradients and statistics of the parts simply add up [D20]."""
     optimizer.zero_grad()
     totals = accumulate(engine, minibatch, *losses)
     totals["grad_norm"] = engine.finish_gradients(optimizer)
@@ -540,8 +528,7 @@ def natural_step(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine:
         x = F⁻¹ g by conjugate gradients        θ ← θ + √(2δ / xᵀFx) x, halved until the KL is below δ and E[ρA] rose
 
     F v is the change of the KL's gradient along v. As a difference it needs no second derivatives, which fused
-    attention lacks: k3's gradient under samples of π_old is (ρ − 1) ∇log π, 0 at the start.
-    """
+    attention lacks: k3's gradient under samples of π_old is (ρ − 1) ∇log π, 0 at the start."""
     if config.objective != "constraint":
         return {}
     parameters = list(policy.parameters())
@@ -815,8 +802,7 @@ def train_language_model(
 def language_model_losses(model: PreTrainedModel, prompt_weight: float, part: Batch, whole: Batch) -> dict[str, Tensor]:
     """Shares of the minibatch's loss: mean over response tokens + prompt_weight · mean over query tokens [D6].
 
-    EOS is a response token like any other [D4]. A query's first token is predicted from nothing, so it has no loss.
-    """
+    EOS is a response token like any other [D4]. A query's first token is predicted from nothing, so it has no loss."""
     layout = lay_out(part.whole_as_response() if prompt_weight else part, model.device)
     losses = -response_logprobs(model, layout, temperature=1.0)
     if not prompt_weight:
@@ -897,8 +883,7 @@ def reward_accuracies(
 ) -> dict[str, tuple[float, int]]:
     """Share of pairs ranked as the judge ranked them, and their number: of all, and of each kind.
 
-    Where some pairs hold a summary of another post, the rest are a kind of their own: only they ask for judgement.
-    """
+    Where some pairs hold a summary of another post, the rest are a kind of their own: only they ask for judgement."""
     scores, (better, worse, _) = scores_of(model, rankings.batch(), engine), rankings.columns()
     wins = wins_of(scores[better], scores[worse])
     ours = {"all": list(range(len(kinds)))}
@@ -952,8 +937,7 @@ class ScalarModel(nn.Module):
     """One number per position, w·h + b, on a transformers decoder: reward model and value model.
 
     It wraps AutoModelForSequenceClassification with one label, whose head has no bias. A reward model's b is fixed at
-    −offset (see `center`) and saved as `score_offset` in the folder's config [D9]; a value model's b is trained [D10].
-    """
+    −offset (see `center`), `score_offset` in the folder's config [D9]; a value model's b is trained [D10]."""
 
     def __init__(self, classifier: PreTrainedModel, train_bias: bool = False) -> None:
         super().__init__()
@@ -1021,8 +1005,7 @@ def head_at(policy: PreTrainedModel, row: Tensor, index: Tensor) -> Iterator[lis
 
     The head is the widest layer, and most positions are query. Selecting where the hidden states enter it, rather
     than calling it ourselves, keeps whatever else the model does to its logits (scaling, soft-capping). It computes in
-    float32: bfloat16 logits lie 1/8 apart at 16, which ties the best two now and then, and moves ratios by steps.
-    """
+    float32: bfloat16 logits lie 1/8 apart at 16, which ties the best two now and then, and moves ratios by steps."""
     entered: list[Tensor] = []
     head = policy.get_output_embeddings()
     forward = head.forward
@@ -1064,8 +1047,7 @@ def map_rows(
     """`function` of every row, in micro-batches (`groups`, else of similar length), without gradient.
 
     It maps a layout to tensors (b,) or (b, t); the results come back in the batch's order, (B,) or (B, T), with 0 in
-    padding whatever the function left there.
-    """
+    padding whatever the function left there."""
     results: list[Tensor] = []
     T = max(map(len, batch.responses))
     groups = groups or micro_batches(batch, engine.micro_batch_size)
@@ -1089,8 +1071,7 @@ def shares_queries(model: nn.Module, queries: list[list[int]], data: Data) -> bo
     """Whether a model reads two responses behind one query as it reads each alone, as long as they may get.
 
     Positions that are no input (ALiBi), a state instead of attention, a window shorter than the row: there is no list
-    of such models, so the longest queries are tried.
-    """
+    of such models, so the longest queries are tried."""
     if isinstance(model, ValueHead):  # reads what the policy has read
         return True
     queries, T = sorted(queries, key=len)[-2:], max(data.response_tokens, data.comparison_tokens)
@@ -1143,8 +1124,7 @@ def sample_block(
     response does not depend on its neighbours [D25].
 
     All rows write their next token in the same column, so here, and only here, queries are padded on the left, with an
-    explicit mask and positions [D5]. Each distinct query is read once; its keys and values serve all its responses.
-    """
+    explicit mask and positions [D5]. Each distinct query is read once; its keys and values serve all its responses."""
     device, groups = policy.device, batch.groups()
     queries = [batch.queries[group[0]] for group in groups]
     Q, row = max(map(len, queries)), torch.arange(len(queries), device=device)[:, None]
@@ -1254,8 +1234,7 @@ def load_model(auto: str, folder: str | Path, what: str, new: str | None = None,
     """A decoder in float32 [D21], dropout off: it stays in eval mode, always [D11].
 
     transformers draws weights that a folder lacks, and passes over those it does not know. Here each must have its
-    place, but for the head `new`, which is to be drawn, and the one it replaces.
-    """
+    place, but for the head `new`, which is to be drawn, and the one it replaces."""
     refuse(Path(folder, "adapter_config.json").is_file(), f"{folder}: an adapter: merge it into its model first")
     options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = load_pretrained(auto, folder, **options)
@@ -1390,8 +1369,7 @@ def parse_prompt(record: dict) -> tuple[Post, dict[str, str]]:
     """A prompt, and of its completion, chosen and rejected what there is: text, or messages of which the last answers.
 
     Where there is no prompt, chosen and rejected begin with it: all messages but the last; a text up to where the last
-    answer begins, as in HH (Bai et al. 2022, arXiv 2204.05862), or else to the word where the two part.
-    """
+    answer begins, as in HH (Bai et al. 2022, arXiv 2204.05862), or else to the word where the two part."""
     given = [name for name in ("prompt", "completion", "chosen", "rejected") if record.get(name) is not None]
     fields = {name: prompt_field(record, name) for name in given}
     prompt, one, other = (fields.get(name, "") for name in ("prompt", "chosen", "rejected"))
@@ -1420,8 +1398,7 @@ def parse_post(record: dict) -> Post:
 def parse_comparison(record: dict) -> Comparison:
     """A record of OpenAI's comparison files (info, summaries, choice), or chosen and rejected answers to a prompt.
 
-    OpenAI's validation files hold news articles too: a kind of their own, and how well preferences generalise [4, 5].
-    """
+    OpenAI's validation files hold news articles too, a kind of their own: how well preferences travel [4, 5]."""
     if record.get("info") is None and record.get("summaries") is None:
         post, answers = parse_prompt(record)
         summaries = [{"text": text_field(answers, name)} for name in ("chosen", "rejected")]
@@ -1491,8 +1468,7 @@ def truncate_post(post: str, fits: Callable[[str], bool]) -> str:
     """Cut at the last newline while it does not fit; with none left, drop characters from the end [D2; 5, 4].
 
     `fits` must stay true when the text gets shorter: then the cut can be found by bisection, and a post of a
-    megabyte takes twenty tests, not a million. InputError if not even the empty post fits.
-    """
+    megabyte takes twenty tests, not a million. InputError if not even the empty post fits."""
     if fits(post):
         return post
     refuse(not fits(""), "even an empty post does not fit: title and template are too long")
@@ -1589,8 +1565,7 @@ class Codec:
 class Batch:
     """Queries and responses as token ids. Lengths live in the rows; no pad id can be mistaken for anything [D3].
 
-    Where it may `share`, responses to one query stand side by side, and the query is read once for all of them.
-    """
+    Where it may `share`, responses to one query stand side by side, and the query is read once for all of them."""
 
     queries: list[list[int]]
     responses: list[list[int]]  # up to and including EOS, where there is one
@@ -1673,8 +1648,7 @@ class Layout(NamedTuple):
     """A batch as tensors, for scoring and training. Of R rows each holds a query and its responses, one after another.
 
     Where a row holds several, each attends to the query and to itself, and its positions go on from the query's end:
-    everything is as if it stood alone behind the query (Liu et al. 2025, Prefix Grouper, arXiv 2506.05433).
-    """
+    everything is as if it stood alone behind the query (Liu et al. 2025, Prefix Grouper, arXiv 2506.05433)."""
 
     inputs: dict[str, Tensor]  # input_ids (R, W), no gaps; position_ids (R, W), attention_mask (R, 1, W, W) if need be
     row: Tensor  # (B, 1) in which a response stands
@@ -1687,8 +1661,7 @@ class Layout(NamedTuple):
 def lay_out(batch: Batch, device: torch.device | str = "cpu") -> Layout:
     """Pad on the right: causal models then need neither attention mask nor position ids [D5], unless rows are shared.
 
-    No real token can see the padding behind it, so any valid id will do there [D3].
-    """
+    No real token can see the padding behind it, so any valid id will do there [D3]."""
     groups = batch.groups()
     tokens, positions, owners = [], [], []  # of each row; owner 0 is the query, 1, 2, ... its responses
     row, start = [], []  # of each response
@@ -2252,8 +2225,7 @@ class Labeler:
     TF-IDF cosine between the summary's words, each once, and the post (title counted twice), less a penalty for each
     word that the post does not hold, or, if longer, that was said already. Words that fit every post weigh nothing in
     either, so style alone earns nothing. Document frequencies come from the training posts. Scores make comparisons and
-    judge the end result; reward model and PPO never see them.
-    """
+    judge the end result; reward model and PPO never see them."""
 
     def __init__(self, posts: Sequence[Post]) -> None:
         self.posts = posts
@@ -2285,8 +2257,7 @@ class Labeler:
         """Cosine − 0.2 · u / (1 + u), in (−0.2, 1].
 
         u counts unsupported words by their rarity (one in no training post counts 1), and repetitions of words of four
-        letters and more as 1 each.
-        """
+        letters and more as 1 each."""
         about, words = self.weights(self.words(post)), self.words(summary)
         said_once = self.weights(list(dict.fromkeys(words)))
         cosine = sum(weight * about.get(word, 0.0) for word, weight in said_once.items())
@@ -2657,8 +2628,7 @@ class Engine:
 
     Several processes (torchrun) share the work: groups of rows are dealt out whole, gradients and results summed. Each
     holds all weights, or with --compute.shard a share of them. The groups, and all randomness, are those of one
-    process: so are the results, up to the order of sums.
-    """
+    process: so are the results, up to the order of sums."""
 
     device: torch.device = torch.device("cpu")
     bfloat16: bool = False
