@@ -303,7 +303,8 @@ def ppo(run: Run) -> None:
         losses = ppo_losses(models, config)
         steps = [optimizer_step(engine, optimizer, rollout[rows], *losses) for rows in chain(*epochs)]
         optimizer.zero_grad()  # the gradients' memory is for what the next update samples
-        statistics = natural | update_statistics(models.policy, rollout, steps, config, engine)
+        moved = update_kl(models.policy, rollout, config.temperature, engine)
+        statistics = natural | update_statistics(rollout, steps, moved, config)
         history.append(statistics | label_statistics(labeler, asked, batch, codec))
         run.log(history[-1])
         run.warn(bad_signs(history))
@@ -613,11 +614,8 @@ def rollout_statistics(rollout: Rollout, config: PPO) -> dict[str, float]:
     }
 
 
-def update_statistics(
-    policy: PreTrainedModel, rollout: Rollout, steps: list[dict[str, float]], config: PPO, engine: Engine
-) -> dict[str, float]:
-    """Those of rollout and steps; how far the update went in the end, and how good the values were."""
-    kl = update_kl(policy, rollout, config.temperature, engine)
+def update_statistics(rollout: Rollout, steps: list[dict[str, float]], kl: float, config: PPO) -> dict[str, float]:
+    """Those of rollout and steps; how far the update went in the end (`kl`), and how good the values were."""
     statistics = step_statistics(steps) | rollout_statistics(rollout, config) | {"policy/update_kl": kl}
     if config.objective == "adaptive":
         statistics["policy/next_penalty_coef"] = adapted(config.penalty_coef, kl, config.target_kl)

@@ -6547,7 +6547,8 @@ def test_update_statistics_are_what_their_names_say():
         """What this law speaks of: the statistics but those of the rollout and of the steps."""
         steps = [{"policy/approxkl": 0.0, "policy/abs_log_ratio": 0.0}]
         others = impl.rollout_statistics(rollout, config) | impl.step_statistics(steps)
-        found = impl.update_statistics(models.policy, rollout, steps, config, machine)
+        moved = impl.update_kl(models.policy, rollout, config.temperature, machine)
+        found = impl.update_statistics(rollout, steps, moved, config)
         assert others.items() <= found.items()
         return {name: value for name, value in found.items() if name not in others}
 
