@@ -76,7 +76,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from itertools import chain, combinations, groupby, zip_longest
 from pathlib import Path
 from string import Formatter
@@ -3212,6 +3212,7 @@ def outcome(folder: Path) -> dict[str, str]:
 def main() -> None:
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character should not end a run
+    inspect.getsource = lru_cache(inspect.getsource)  # tyro asks twice, and Python < 3.13 parses all of this each time
     try:
         config = tyro.cli(Config)
         if config.resume:  # the flags it was started with, then those given now, which override them
