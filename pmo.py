@@ -1887,10 +1887,10 @@ def votes(
     kept in a file: a judge may cost, and fail on the last text."""
     path.touch()
     said = {}
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        with suppress(ValueError):  # half a line of a run that was killed: it is asked again
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with suppress(Exception):  # half a line of a run that was killed, or no vote at all: it is asked again
             *asked, vote = json.loads(line)
-            said[tuple(asked)] = vote
+            said[tuple(asked)] = float(vote)
     with path.open("a", encoding="utf-8") as file:
         for asked in zip([post.post for post in posts], a, b):
             if asked not in said:

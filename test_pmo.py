@@ -3370,7 +3370,7 @@ def test_judges_are_asked_in_both_orders():
         impl.votes(once, posts[:1], a, b, folder / "once")
         assert asked == [(posts[0].post, "long text", "y"), (posts[0].post, "y", "long text")]
         # one that fails is not asked again what it has answered, even where a kill left half a line
-        kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:2]) + '["half a line", "')
+        kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:2]) + '3\n[[1], 2]\n["half a line", "')
         assert impl.votes(once, posts, a, b, kept).tolist() == [1, 0, 0.5, 0.5] and len(asked) == 2 + 2 * 2
         failing = iter([1, 0, 1])
         assert "StopIteration" in config_error(
