@@ -20,9 +20,10 @@ PPO in a dozen lines (`ppo`, at the head of section 2, is these lines with names
                 loss = -min(ratio * A, clip(ratio, 0.8, 1.2) * A) + vf_coef * clipped squared value error
                 step                                                                                   # 7.
 
-The file is to be read from its top. Sections 1 to 5 are the method, the others the program around it:
+The file is to be read from its top. Sections 1 to 5, up to "here the method ends", are the method; then comes the
+program around it:
 
-    1 maths   2 PPO   3 SFT and reward model   4 models   5 data
+    1 maths   2 PPO   3 SFT and reward model   4 models   5 data (batches, randomness, tokens; then files)
     6 evaluation   7 the default run (corpus, tokenizer, labeler)   8 config (every flag)   9 runtime   10 main
 
 To change what is credited (another baseline): `credit`; how far a step may go: `policy_loss`, called in
@@ -276,9 +277,8 @@ def ppo(run: Run) -> None:
     labeler = Labeler(posts) if run.labeler_chose else None
     demonstrations = read_examples(run, "train", codec) if config.ptx_coef else None
     share = run.can_share(queries, config.responses_per_query, *models)
-    trained, rates = models.learned(), {"policy": config.lr, "value_model": config.value_lr}
-    optimizer = adamw(run.config.optimizer, *((module, rates[name]) for name, module in trained.items()))
-    for update in run.steps("ppo", config.num_updates, optimizer, **trained):
+    optimizer = adamw(run.config.optimizer, (models.policy, config.lr), (models.value_model, config.value_lr))
+    for update in run.steps("ppo", config.num_updates, optimizer, **models.learned()):
         set_lr(optimizer, 1 - update / config.num_updates)  # linear to 0 [D21]
         config = config.after(history)
         episodes = range(update * config.batch_size, (update + 1) * config.batch_size)
@@ -367,6 +367,15 @@ class Rollout:
 
     def parts(self, size: int) -> list[tuple[list[int], int, int]]:
         return self.batch.parts(size)
+
+
+def outcome_scores(scorer: Scorer, posts: Sequence[Post], codec: Codec, engine: Engine, batch: Batch) -> Tensor:  # (B,)
+    """Scores of responses to posts: a reward model's, read at EOS, or what a rule verifies of their text [7]."""
+    if isinstance(scorer, nn.Module):
+        return scores_of(scorer, batch, engine)
+    # One process asks the rule: it may cost, and need not say the same twice.
+    scores = engine.once(verified, scorer, posts, [codec.text(response) for response in batch.responses])
+    return torch.tensor(scores, dtype=torch.float32, device=engine.device)
 
 
 def read_tokens(
@@ -641,42 +650,19 @@ def step_statistics(steps: list[dict[str, float]]) -> dict[str, float]:
     return means | first
 
 
-def bad_signs(history: list[dict[str, float]]) -> Iterator[str]:
-    """What the statistics of the updates so far warn of."""
-    last, quarter = history[-1], len(history) // 4
-    if last["policy/first_abs_log_ratio"] > 0.02 and "policy/halvings" not in last:  # a natural step comes before it
-        yield "the first ratio of a batch is not 1: old log-probabilities do not come from the same computation [D14]"
-    if last["objective/kl"] < -4 * last["objective/kl_error"]:
-        yield "the KL to the SFT model is negative: responses are not samples of the policy that is said to write them"
-    if last["val/eos_rate"] < 0.5:
-        yield "fewer than half of the responses end: raise --data.response-tokens or lower --ppo.missing-eos-score"
-    if len(history) == 1 and last.get("val/explained_variance", 0) < -3:
-        yield "the values start far from the returns: PPO will first learn their level, and the policy suffer from it"
-    if last["policy/clipfrac"] > 0.5:
-        yield "over half of the tokens are clipped: the step is too large, lower --ppo.lr"
-    if quarter >= 2 and "objective/labeler" in last:
-
-        def rise(name: str) -> float:
-            values = [update[f"objective/{name}"] for update in history]
-            return (sum(values[-quarter:]) - sum(values[:quarter])) / quarter
-
-        if rise("raw_scores") > 0 and rise("labeler") < -0.02:
-            yield "scores rise while the labeler's fall: reward hacking, raise --ppo.kl-coef"
-
-
 def load_models(run: Run) -> Models:
     """Policy and reference from SFT; the value model from the reward model [D10], under a rule from SFT with w = 0."""
     config, place, sft_folder = run.config.ppo, run.engine.place, run.path("sft")
-    policy = place(load_policy(sft_folder))  # each at once: sharded models should not wait whole for one another
+    policy = place(lambda: load_policy(sft_folder))
     check_room(policy, run.config.data)
     if config.ref_model is not None:
         check_tokenizer(run, config.ref_model)
-    ref_policy = place(load_policy(config.ref_model or sft_folder).requires_grad_(False))
+    ref_policy = place(lambda: load_policy(config.ref_model or sft_folder).requires_grad_(False))
     reward_model, value_model = load_scorer(run), None
     if config.baseline == "value-head":
-        value_model = place(ValueHead(policy.get_output_embeddings().weight.shape[1]))
+        value_model = place(lambda: ValueHead(policy.get_output_embeddings().weight.shape[1]))
     elif config.baseline == "value-model" and isinstance(reward_model, ScalarModel):
-        value_model = place(ScalarModel.load(run.path("reward"), train_bias=True))
+        value_model = place(lambda: ScalarModel.load(run.path("reward"), train_bias=True))
         # No loss saw the reward model before EOS: its level there is an accident, which PPO would spend its start on
         # (value initialization bias, Yuan et al. 2025, arXiv 2503.01491). Over the references it is made 0.
         codec = run.codec("sft")
@@ -685,9 +671,9 @@ def load_models(run: Run) -> Models:
         (values,) = map_rows(references, run.engine, lambda layout: [value_model.values(layout)])
         value_model.center(values.sum().item() / references.response_tokens)
     elif config.baseline == "value-model":
-        value_model = ScalarModel.load(sft_folder, train_bias=True, new_head=rng(run.config.seed, "value head"))
+        drawn = rng(run.config.seed, "value head")
+        value_model = place(lambda: ScalarModel.load(sft_folder, train_bias=True, new_head=drawn))
         nn.init.zeros_(value_model.classifier.score.weight)
-        value_model = place(value_model)
     return Models(policy, value_model, ref_policy, reward_model)
 
 
@@ -700,68 +686,7 @@ def load_scorer(run: Run) -> Scorer:
 
 def load_reward_model(run: Run, folder: str | Path) -> ScalarModel:
     check_tokenizer(run, folder)
-    return run.engine.place(ScalarModel.load(folder).requires_grad_(False))
-
-
-def load_function(flag: str, place: str) -> Callable:
-    """module:function, from the working directory or installed."""
-    flag, (module, _, name), here = f"{flag} {place}", place.partition(":"), str(Path.cwd())
-    refuse(not re.fullmatch(r"\w+(\.\w+)*:\w+", place), f"{flag} should name module:function")
-    sys.path.insert(0, here)
-    with one_line(flag):
-        function = getattr(importlib.import_module(module), name)
-    sys.path.remove(here)
-    refuse(not callable(function) or inspect.iscoroutinefunction(function), f"{flag} cannot be called")
-    with one_line(flag, function), suppress(ValueError):  # what a builtin takes may not be known
-        inspect.signature(function).bind("post", "response", "record")
-    return function
-
-
-def outcome_scores(scorer: Scorer, posts: Sequence[Post], codec: Codec, engine: Engine, batch: Batch) -> Tensor:  # (B,)
-    """Scores of responses to posts: a reward model's, read at EOS, or what a rule verifies of their text [7]."""
-    if isinstance(scorer, nn.Module):
-        return scores_of(scorer, batch, engine)
-    # One process asks the rule: it may cost, and need not say the same twice.
-    scores = engine.once(verified, scorer, posts, [codec.text(response) for response in batch.responses])
-    return torch.tensor(scores, dtype=torch.float32, device=engine.device)
-
-
-def verified(rule: RewardFunction, posts: Sequence[Post], texts: list[str]) -> list[float]:
-    scores = []
-    for post, text in zip(posts, texts):
-        with one_line("--ppo.reward-function", rule, text):
-            score = rule(post.post, text, copy.deepcopy(post.record))
-            number = math.nan
-            with suppress(TypeError, ValueError, OverflowError):
-                number = float(score) if not isinstance(score, str) else math.nan
-            said = f"--ppo.reward-function returned {reprlib.repr(score)}, not a finite number, for {text[:60]!r}"
-            refuse(not abs(number) <= torch.finfo(torch.float32).max, said)
-            scores.append(number)
-    return scores
-
-
-def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: Models) -> None:
-    """One validation post: the author's line, SFT's and the policy's next-to-greedy summaries, with their scores."""
-    post, engine, config = posts[update % len(posts)], run.engine, run.config
-    queries, uniforms = codec.queries([post]), noise(config.seed, "show", [update], config.data.response_tokens)
-    written = {"author": author_responses(codec, [post], models.policy)} if post.summary.strip() else {}
-    for name, policy in (("reference" if config.ppo.ref_model else "sft", models.ref_policy), ("ppo", models.policy)):
-        written[name] = sample(policy, queries, uniforms, config.evaluate.temperature, codec.eos_id, engine)
-    record = {"update": update} | post.fields()
-    run.say(headline(post))
-    for name, responses in written.items():
-        score = outcome_scores(models.reward_model, [post], codec, engine, Batch(queries, responses))
-        has_eos = torch.tensor([responses[0][-1] == codec.eos_id], device=score.device)
-        score = penalize_missing_eos(score, has_eos, config.ppo.missing_eos_score).item()
-        record |= {name: codec.text(responses[0]), f"{name}_score": score}
-        run.say(f"    {name:7} {score:6.2f}  {record[name]}")
-    run.append("samples.jsonl", record)
-
-
-def headline(post: Post) -> str:
-    """What a post is about, and its end, for the screen."""
-    about = "" if post.prompt else f"r/{post.subreddit}, {post.title}: "
-    return f"    {about}...{' '.join(post.post.split())[-80:]}"
+    return run.engine.place(lambda: ScalarModel.load(folder).requires_grad_(False))
 
 
 # -----------------------------------------------------------------------------
@@ -771,7 +696,7 @@ def headline(post: Post) -> str:
 def sft(run: Run) -> None:
     """Supervised fine-tuning: −log π(summary and EOS | query), so that it learns to stop, too [D4, D6]."""
     codec = run.codec("base")
-    model = run.engine.place(load_policy(run.path("base")))
+    model = run.engine.place(lambda: load_policy(run.path("base")))
     check_room(model, run.config.data)
     train, valid = read_examples(run, "train", codec), read_examples(run, "valid", codec)
     train_language_model(run, "sft", model, train, run.config.sft.prompt_weight, cosine)
@@ -824,7 +749,7 @@ def reward(run: Run) -> None:
     """The reward model: −log σ(score of chosen − score of rejected) [5, §3.4], then centred [D9]."""
     config, engine, seed = run.config.reward, run.engine, run.config.seed
     codec = run.codec("sft")
-    model = engine.place(ScalarModel.load(run.path("sft"), new_head=rng(seed, "reward head")))
+    model = engine.place(lambda: ScalarModel.load(run.path("sft"), new_head=rng(seed, "reward head")))
     check_room(model.classifier, run.config.data)
     summaries, (rankings, _) = read_examples(run, "train", codec), read_rankings(run, "train", codec)
     share = run.can_share([ranking.query for ranking in rankings], 2, model)
@@ -897,10 +822,10 @@ def wins_of(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> Tensor | np.ndarr
     return (a > b) + (a == b) / 2
 
 
-def adamw(config: Optimizer, *learners: tuple[nn.Module, float]) -> torch.optim.AdamW:
-    """AdamW, eps 1e-5, no weight decay [D21; 4], of modules, each with a learning rate of its own."""
+def adamw(config: Optimizer, *learners: tuple[nn.Module | None, float]) -> torch.optim.AdamW:
+    """AdamW, eps 1e-5, no weight decay [D21; 4], of the modules there are, each with a learning rate of its own."""
     groups = []
-    for module, lr in learners:
+    for module, lr in ((module, lr) for module, lr in learners if module is not None):
         parameters = [p for p in module.parameters() if p.requires_grad]
         groups.append({"params": parameters, "lr": lr, "initial_lr": lr, "max_grad_norm": config.max_grad_norm})
     return torch.optim.AdamW(groups, betas=(0.9, config.beta2), eps=1e-5, weight_decay=0.0, fused=True)
@@ -928,7 +853,7 @@ def author_responses(codec: Codec, posts: Sequence[Post], model: PreTrainedModel
 
 
 # -----------------------------------------------------------------------------
-# 4 models: scalar heads, forward passes, sampling, folders. No losses, no training.
+# 4 models: scalar heads, forward passes, sampling. No losses, no training. Folders of models: section 9.
 
 
 class ScalarModel(nn.Module):
@@ -1064,28 +989,6 @@ def map_rows(
     return results
 
 
-@torch.no_grad()
-def shares_queries(model: nn.Module, queries: list[list[int]], data: Data) -> bool:
-    """Whether a model reads two responses behind one query as it reads each alone, as long as they may get.
-
-    Positions that are no input (ALiBi), a state instead of attention, a window shorter than the row: there is no list
-    of such models, so the longest queries are tried."""
-    if isinstance(model, ValueHead):  # reads what the policy has read
-        return True
-    queries, T = sorted(queries, key=len)[-2:], max(data.response_tokens, data.comparison_tokens)
-    texts = [(query[::-1] * T)[:T] for query in (queries[-1], queries[0], queries[-1])]
-    batch = Batch([queries[-1], queries[-1], queries[0]], texts)
-    device = next(model.parameters()).device
-    plain, shared = (lay_out(replace(batch, share=share), device) for share in (False, True))
-    read = model.values if isinstance(model, ScalarModel) else partial(response_logprobs, model, temperature=1.0)
-    one = read(plain)
-    try:
-        other = read(shared)
-    except Exception:  # whatever a model says to a mask it does not know
-        return False
-    return bool((one - other).abs().max() < 1e-3 * max(1.0, one.abs().max().item()))
-
-
 def batch_logprobs(policy: PreTrainedModel, batch: Batch, temperature: float, engine: Engine) -> Tensor:  # (B, T)
     return map_rows(batch, engine, lambda layout: [response_logprobs(policy, layout, temperature)])[0]
 
@@ -1201,123 +1104,33 @@ def roomy_cache(tokens: int) -> Iterator[None]:
         DynamicLayer.update = update
 
 
-def check_name(folder: str | Path) -> None:
-    """A folder, or owner/name on the Hub; but a slip in a folder's name should not download a stranger's model."""
-    hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(folder)) and not Path(str(folder).partition("/")[0]).exists()
-    refuse(not hub and not Path(folder).is_dir(), f"{folder}: no such folder")
+@torch.no_grad()
+def shares_queries(model: nn.Module, queries: list[list[int]], data: Data) -> bool:
+    """Whether a model reads two responses behind one query as it reads each alone, as long as they may get.
 
-
-def load_pretrained(auto: str, folder: str | Path, **options: object):
-    """A transformers object from a folder or the Hub; whatever goes wrong becomes one line that names the folder."""
-    import transformers
-
-    check_name(folder)
-    with one_line(f"{folder}: cannot load"):
-        return getattr(transformers, auto).from_pretrained(folder, trust_remote_code=False, **options)
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """With an EOS, and tokens that the folder's model knows."""
-    tokenizer, config = (load_pretrained(auto, folder) for auto in ("AutoTokenizer", "AutoConfig"))
-    eos, size = tokenizer.eos_token_id, config.get_text_config().vocab_size
-    refuse(eos is None, f"{folder}: the tokenizer has no EOS token, and responses must end with one")
-    of_text = {*tokenizer.get_vocab().values()} - {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    refuse(not of_text, f"{folder}: has no tokenizer, or an empty one")
-    for what, token in (("EOS", eos), ("the last token", max(of_text))):
-        refuse(token >= size, f"{folder}: {what} is {token}, beyond the {size} rows of the model's embedding")
-    return tokenizer
-
-
-def load_model(auto: str, folder: str | Path, what: str, new: str | None = None, **options: object) -> PreTrainedModel:
-    """A decoder in float32 [D21], dropout off: it stays in eval mode, always [D11].
-
-    transformers draws weights that a folder lacks, and passes over those it does not know. Here each must have its
-    place, but for the head `new`, which is to be drawn, and the one it replaces."""
-    refuse(Path(folder, "adapter_config.json").is_file(), f"{folder}: an adapter: merge it into its model first")
-    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, info = load_pretrained(auto, folder, **options)
-    model, config = model.eval(), model.config.get_text_config()
-    missing, unknown = (set(info[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
-    if new and hasattr(model, "score"):
-        trunk = "" if missing - {new} else model.base_model_prefix  # the head that is replaced stands beside it
-        unknown = {name for name in unknown if name.startswith(trunk)} | ({new} - missing)
-    misshapen, state = {name for name, *_ in info["mismatched_keys"]}, model.state_dict().items()
-    faults = {"missing": missing - {new}, "unknown": unknown, "misshapen": misshapen}
-    faults["not finite"] = {name for name, weight in state if not weight.isfinite().all()}
-    said = [f"{len(names)} {fault} ({min(names)})" for fault, names in faults.items() if names]
-    refuse(bool(said), f"{folder}: not {what}; of its weights {', '.join(said)}")
-    refuse(not any(p.requires_grad for p in model.parameters()), f"{folder}: none of its weights can be trained")
-    if getattr(config, "output_router_logits", False):
-        config.output_router_logits = False  # no loss here has a use for them, and sampling fails on them
-    rows = torch.tensor([range(1, 9), [1, 2, 3, 4, 6, 7, 8, 9]]) % config.vocab_size
-    with one_line(f"{folder}: cannot be run"), torch.no_grad():
-        one, other = model.base_model(input_ids=rows, use_cache=False)[0][:, :4]
-    same = (one - other).abs().max() <= 1e-3 * one.abs().max()  # rows side by side may round differently
-    refuse(not same, f"{folder}: not a causal model: what it reads first changes with what comes later")
-    return model
-
-
-def load_policy(folder: str | Path) -> PreTrainedModel:
-    """A causal language model that samples as it scores: else PPO draws from one policy and trains another, and no
-    figure can tell. So some left-padded, cached steps of `sample_block` are compared with one pass over a row alone."""
-    policy, queries, seen = load_model("AutoModelForCausalLM", folder, "a policy"), [[1, 2, 3, 4, 5], [2, 3]], []
-    with one_line(f"{folder}: cannot be sampled from"), torch.no_grad():
-        hook = policy.get_output_embeddings().register_forward_hook(lambda module, args, logits: seen.append(logits))
-        responses = sample_block(policy, Batch(queries, [[], []]), torch.full((2, 4), 0.5), 1.0, eos_id=-1)
-        for query, response in zip(queries, responses):
-            response_logits(policy, lay_out(Batch([query], [response])))
-        hook.remove()
-        steps, alone = torch.cat(seen[:4], dim=1), torch.cat(seen[4:])
-        same = (steps - alone).abs().max() <= 1e-3 * alone.abs().max()
-    refuse(not same, f"{folder}: sampling, cached and padded on the left, gives other logits than reading a row alone")
-    return policy
-
-
-def check_room(model: PreTrainedModel, data: Data) -> None:
-    """Refuse sequences longer than the model has positions for."""
-    response = max(data.response_tokens, data.comparison_tokens)
-    need = data.query_tokens + response
-    have = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
-    flags = f"--data.query-tokens {data.query_tokens} and responses of {response}"
-    refuse(need > have, f"{flags} need {need} positions, {model.config.name_or_path} has {have}")
-
-
-def check_tokenizer(run: Run, folder: str | Path) -> None:
-    """Refuse a model that reads other tokens than the SFT model writes: texts of the run tell."""
-    sft, posts = run.path("sft"), read_posts(run, "valid")[:100]
-    codecs = [Codec(load_tokenizer(each), run.config.data) for each in (folder, sft)]
-    one, other = ([c.eos_id, c.uncut(posts), c.responses([post.summary for post in posts], posts)] for c in codecs)
-    refuse(one != other, f"{folder} and {sft} have different tokenizers; all models of a run need one")
-
-
-def save_model(
-    model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
-    """A plain transformers folder with these weights, which are `Engine.weights(model)`. Its pad id is in range and not
-    EOS, so that transformers' own sequence classification, which reads the last token that is not padding, reads the
-    score at EOS [D3]. Of generation it says these ids alone: flags of the base may mislead, or forbid the saving."""
-    check_finite(weights)
-    eos, pad, size = tokenizer.eos_token_id, tokenizer.pad_token_id, model.config.get_text_config().vocab_size
-    if pad is None or pad == eos or pad >= size:
-        candidates = [token for token in tokenizer.all_special_ids if token != eos and token < size]
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens([*candidates, 0 if eos != 0 else 1][0])
-    model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, eos
-    if model.can_generate():
-        ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        model.generation_config = type(model.generation_config)(eos_token_id=eos, **ids)
-    model.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
-
-
-def check_finite(weights: dict[str, Tensor]) -> None:
-    """What a last step has spoilt is not kept: the run can go on from before [D22]."""
-    for name, weight in weights.items():
-        said = f"{name} is not finite; try a lower learning rate (it may change) [D22]"
-        refuse(not weight.isfinite().all(), said, Stopped)
+    Positions that are no input (ALiBi), a state instead of attention, a window shorter than the row: there is no list
+    of such models, so the longest queries are tried."""
+    if isinstance(model, ValueHead):  # reads what the policy has read
+        return True
+    queries, T = sorted(queries, key=len)[-2:], max(data.response_tokens, data.comparison_tokens)
+    texts = [(query[::-1] * T)[:T] for query in (queries[-1], queries[0], queries[-1])]
+    batch = Batch([queries[-1], queries[-1], queries[0]], texts)
+    device = next(model.parameters()).device
+    plain, shared = (lay_out(replace(batch, share=share), device) for share in (False, True))
+    read = model.values if isinstance(model, ScalarModel) else partial(response_logprobs, model, temperature=1.0)
+    one = read(plain)
+    try:
+        other = read(shared)
+    except Exception:  # whatever a model says to a mask it does not know
+        return False
+    return bool((one - other).abs().max() < 1e-3 * max(1.0, one.abs().max().item()))
 
 
 # -----------------------------------------------------------------------------
-# 5 data: records, queries, responses, batches, randomness. No model.
+# 5 data: batches, randomness, texts as tokens; then the files they come from. No model.
+
+
+Prompt: TypeAlias = str | list[dict[str, str]]  # text, or a conversation: messages, each with a role and a content
 
 
 class Post(NamedTuple):
@@ -1341,222 +1154,6 @@ class Comparison(NamedTuple):
     chosen: str
     rejected: str
     kinds: tuple[str, ...]  # the policies that wrote them, the batch, the confidence: accuracy is reported by each
-
-
-# The Hub's copies of the TL;DR data hold whole queries as prompts: these are taken apart, and may be cut.
-HUB_PROMPT = re.compile(r"SUBREDDIT: r/(.*?)\n\nTITLE: (.*?)\n\nPOST: (.*)\n\nTL;DR:\s*", re.DOTALL)
-SEAM = "\ufdd0"  # a code point that is no character: where a text is cut before it is encoded
-Prompt: TypeAlias = str | list[dict[str, str]]  # text, or a conversation: messages, each with a role and a content
-
-
-def text_field(record: dict, name: str) -> str:
-    text = record.get(name)
-    refuse(not isinstance(text, str), f"field '{name}' is missing or not text")
-    refuse(not text.isascii() and re.search("[\ud800-\udfff]", text), f"field '{name}' is not valid Unicode")
-    return text
-
-
-def prompt_field(record: dict, name: str) -> Prompt:
-    if not isinstance(record[name], list):
-        return text_field(record, name)
-    refuse({*map(type, record[name])} != {dict}, f"field '{name}' is neither text nor messages")
-    return [{key: text_field(message, key) for key in ("role", "content")} for message in record[name]]
-
-
-def parse_prompt(record: dict) -> tuple[Post, dict[str, str]]:
-    """A prompt, and of its completion, chosen and rejected what there is: text, or messages of which the last answers.
-
-    Where there is no prompt, chosen and rejected begin with it: all messages but the last; a text up to where the last
-    answer begins, as in HH (Bai et al. 2022, arXiv 2204.05862), or else to the word where the two part."""
-    given = [name for name in ("prompt", "completion", "chosen", "rejected") if record.get(name) is not None]
-    fields = {name: prompt_field(record, name) for name in given}
-    prompt, one, other = (fields.get(name, "") for name in ("prompt", "chosen", "rejected"))
-    if not prompt and isinstance(one, str) and isinstance(other, str):
-        common = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
-        prompt = re.match(r"(.*\n\nAssistant:|.*(?=\s)|)", one[:common], re.DOTALL)[0]
-        fields |= {"chosen": one[len(prompt) :], "rejected": other[len(prompt) :]}
-    elif not prompt and one[:-1] == other[:-1]:
-        prompt = one[:-1]
-    refuse(not prompt, "field 'prompt' (or 'post') is missing, and 'chosen' and 'rejected' have no common beginning")
-    answers = {name: field if isinstance(field, str) else field[-1]["content"] for name, field in fields.items()}
-    if isinstance(prompt, str) and (match := HUB_PROMPT.fullmatch(prompt)):
-        return Post(*match.groups(), "", record), answers
-    text = prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
-    return Post("", "", text, "", record, prompt), answers
-
-
-def parse_post(record: dict) -> Post:
-    """A record of OpenAI's tldr_3_filtered files; or a prompt with its completion, else what was chosen, else alone."""
-    if record.get("prompt") is None and any(record.get(name) is not None for name in ("subreddit", "post")):
-        return Post(*(text_field(record, name) for name in ("subreddit", "title", "post", "summary")), record)
-    post, answers = parse_prompt(record)
-    return post._replace(summary=answers.get("completion", answers.get("chosen", "")).removesuffix("<|endoftext|>"))
-
-
-def parse_comparison(record: dict) -> Comparison:
-    """A record of OpenAI's comparison files (info, summaries, choice), or chosen and rejected answers to a prompt.
-
-    OpenAI's validation files hold news articles too, a kind of their own: how well preferences travel [4, 5]."""
-    if record.get("info") is None and record.get("summaries") is None:
-        post, answers = parse_prompt(record)
-        summaries = [{"text": text_field(answers, name)} for name in ("chosen", "rejected")]
-        choice, kinds = 0, ["unknown"]
-    else:
-        info, summaries, choice = (record.get(name) for name in ("info", "summaries", "choice"))
-        refuse(not isinstance(info, dict), "field 'info' is missing or not an object")
-        pair = isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(s, dict) for s in summaries)
-        refuse(not pair, "field 'summaries' is not two objects")
-        refuse(type(choice) is not int or choice not in (0, 1), f"field 'choice' is {choice!r}, must be 0 or 1")
-        extra = record["extra"] if isinstance(record.get("extra"), dict) else {}
-        policies = " vs ".join(sorted(str(summary.get("policy", "unknown")) for summary in summaries))
-        of = {"policy": policies, "batch": record.get("batch"), "confidence": extra.get("confidence")}
-        kinds = [text_field({name: str(kind)}, name) for name, kind in of.items() if kind is not None]
-        if of["confidence"] is not None:
-            kinds[-1] = f"confidence {kinds[-1]}"
-        info = {name: value for name, value in info.items() if value is not None}  # the Hub's copies have all names
-        if "article" in info and "post" not in info:
-            info, kinds = {"subreddit": "news", "title": "", "post": info["article"]} | info, [*kinds, "news articles"]
-        post = parse_post({**info, "summary": ""})
-    texts = [text_field(summary, "text") for summary in summaries]
-    refuse(not all(text.strip() for text in texts), "one of the two texts is empty")
-    return Comparison(post, texts[choice], texts[1 - choice], tuple(kinds))
-
-
-def lines_of(path: Path) -> AbstractContextManager[Iterable[bytes | dict]]:
-    """Lines of a JSON Lines file (.gz too), or rows of a Parquet file."""
-    if path.suffix == ".parquet":
-        refuse(importlib.util.find_spec("pyarrow") is None, f"{path} needs pyarrow: pip install pyarrow")
-        return nullcontext(importlib.import_module("pyarrow.parquet").read_table(path).to_pylist())
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
-
-
-def read_records(path: Path, parse: Callable[[dict], NamedTuple]) -> tuple[list, list[str]]:
-    """Parsed records of a file, and complaints about what was left out: file, line, field."""
-    records, unusable, bad, line = [], [], 0, b""
-    with one_line(str(path)), lines_of(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                encoding = "utf-8-sig" if number == 1 else "utf-8"
-                record = line if isinstance(line, dict) else json.loads(line.decode(encoding))
-                refuse(not isinstance(record, dict), "not a JSON object")
-                records.append(parse(record))
-            except (ValueError, RecursionError) as error:
-                bad += 1
-                unusable += [f"line {number}: {error}"] if bad <= 3 else []
-            if bad > 10_000 + len(records):  # it may have no end
-                break
-    if bad and isinstance(line, bytes) and line.isspace():  # the last: many a program writes one
-        bad, unusable = bad - 1, unusable[: bad - 1]
-    complaint = f"{path}: {bad:,} of {bad + len(records):,} records are unusable: {'; '.join(unusable)}"
-    refuse(bad > 0.01 * (bad + len(records)), f"{complaint} (at most 1% may be)")
-    refuse(not records, f"{path}: no records")
-    return records, [complaint] if unusable else []
-
-
-def write_records(records: Sequence[dict], path: Path) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-
-
-def write_json(record: dict, path: Path) -> None:
-    path.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-
-
-def truncate_post(post: str, fits: Callable[[str], bool]) -> str:
-    """Cut at the last newline while it does not fit; with none left, drop characters from the end [D2; 5, 4].
-
-    `fits` must stay true when the text gets shorter: then the cut can be found by bisection, and a post of a
-    megabyte takes twenty tests, not a million. InputError if not even the empty post fits."""
-    if fits(post):
-        return post
-    refuse(not fits(""), "even an empty post does not fit: title and template are too long")
-    newlines = [i for i, character in enumerate(post) if character == "\n"]
-    fitting = bisect_left(newlines, True, key=lambda cut: not fits(post[:cut]))
-    if fitting:
-        return post[: newlines[fitting - 1]]
-    longest = newlines[0] if newlines else len(post)
-    return post[: bisect_left(range(longest), True, key=lambda cut: not fits(post[:cut])) - 1]
-
-
-@dataclass(frozen=True)
-class Codec:
-    """Between text and token ids: what people wrote never becomes a special token, a chat template's may."""
-
-    tokenizer: PreTrainedTokenizerBase
-    data: Data
-
-    @property
-    def eos_id(self) -> int:
-        return self.tokenizer.eos_token_id
-
-    @cached_property
-    def start(self) -> list[int]:
-        """BOS, for the tokenizers that put one before every text."""
-        bos = self.tokenizer.bos_token_id
-        return [bos] if bos is not None and self.tokenizer("a").input_ids[0] == bos else []
-
-    def encode(self, texts: list[str], special: bool = False, seam: Sequence[int] = ()) -> list[list[int]]:
-        """Text that spells a special token becomes one only where it may. A seam before it is cut off again."""
-        options = {"add_special_tokens": False, "split_special_tokens": not special}
-        rows = self.tokenizer([SEAM * bool(seam) + text for text in texts], **options).input_ids if texts else []
-        return [row[len(seam) :] for row in rows]
-
-    @cached_property
-    def seam(self) -> list[int]:
-        """SEAM's ids, for tokenizers that glue a blank before a text, as SentencePiece's do, but not behind a SEAM."""
-        alone, seam, behind = self.encode(["a", SEAM, SEAM + "a"])
-        return seam if behind[: len(seam)] == seam and behind[len(seam) :] != alone else []
-
-    @cached_property
-    def spelled(self) -> re.Pattern:
-        """Any special token, as a text may spell it."""
-        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or SEAM)
-
-    def conversation(self, messages: list[dict[str, str]]) -> list[int]:
-        """Up to where the answer begins, in the tokenizer's template, which alone has special tokens (BOS, too, if it
-        wants one): what spells one in a message stands between two SEAMs, and stays text."""
-        name = self.tokenizer.name_or_path
-        refuse(not self.tokenizer.chat_template, f"{name}: no chat template, and the data's prompts are conversations")
-        plain = partial(self.spelled.sub, rf"{SEAM}\g<0>{SEAM}")
-        messages = [{key: plain(text.replace(SEAM, "")) for key, text in message.items()} for message in messages]
-        with one_line(f"{name}: chat template, for {messages[-1]['content'][:60]!r}"):
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        parts = enumerate(text.split(SEAM))
-        rows = [self.encode([part], special=i % 2 == 0, seam=self.seam if i else ()) for i, part in parts]
-        return list(chain(*chain(*rows)))
-
-    def uncut(self, posts: Sequence[Post]) -> list[list[int]]:
-        """The template filled in [D1], or the prompt, however long; of a post beyond all measure only the beginning."""
-        most, filled = 64 * self.data.query_tokens, self.data.query_format.format
-        texts = [p.post if p.prompt else filled(**{k: v[:most] for k, v in p.fields().items()}) for p in posts]
-        rows = [self.start + query for query in self.encode(texts)]
-        return [self.conversation(p.prompt) if isinstance(p.prompt, list) else row for p, row in zip(posts, rows)]
-
-    def queries(self, posts: Sequence[Post]) -> list[list[int]]:
-        """Queries, cut at a paragraph where they exceed `query_tokens` [D2]; [] where a title or prompt alone does."""
-        limit, queries = self.data.query_tokens, self.uncut(posts)
-        return [q if 0 < len(q) <= limit else self.cut_query(post) for post, q in zip(posts, queries)]
-
-    def cut_query(self, post: Post) -> list[int]:
-        def tokens(text: str) -> list[int]:
-            return self.uncut([post._replace(post=text)])[0]
-
-        def fits(text: str) -> bool:
-            return len(tokens(text)) <= self.data.query_tokens
-
-        return tokens(truncate_post(post.post, fits)) if not post.prompt and fits("") else []
-
-    def responses(self, summaries: Sequence[str], posts: Sequence[Post] = ()) -> list[list[int]]:
-        """One space, the summary, EOS [D1, D4]; to a prompt the answer, EOS. Never cut: that would lose EOS."""
-        texts = [text if post and post.prompt else " " + text.strip() for text, post in zip_longest(summaries, posts)]
-        return [[*tokens, self.eos_id] for tokens in self.encode(texts, seam=self.seam)]
-
-    def text(self, response: Sequence[int], whole: bool = False) -> str:
-        """What a response says, without its EOS, and blanks around it. Whatever else there is stays, special or not."""
-        tokens = [token for token in response if token != self.eos_id]
-        text = self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-        return text if whole else text.strip()
 
 
 @dataclass(frozen=True)
@@ -1750,6 +1347,109 @@ def noise(seed: int, purpose: str, episodes: Sequence[int], T: int) -> Tensor:  
     return torch.from_numpy(np.stack([rng(seed, purpose, i).random(T, dtype=np.float32) for i in episodes]))
 
 
+SEAM = "\ufdd0"  # a code point that is no character: where a text is cut before it is encoded
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Between text and token ids: what people wrote never becomes a special token, a chat template's may."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+
+    @property
+    def eos_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @cached_property
+    def start(self) -> list[int]:
+        """BOS, for the tokenizers that put one before every text."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.tokenizer("a").input_ids[0] == bos else []
+
+    def encode(self, texts: list[str], special: bool = False, seam: Sequence[int] = ()) -> list[list[int]]:
+        """Text that spells a special token becomes one only where it may. A seam before it is cut off again."""
+        options = {"add_special_tokens": False, "split_special_tokens": not special}
+        rows = self.tokenizer([SEAM * bool(seam) + text for text in texts], **options).input_ids if texts else []
+        return [row[len(seam) :] for row in rows]
+
+    @cached_property
+    def seam(self) -> list[int]:
+        """SEAM's ids, for tokenizers that glue a blank before a text, as SentencePiece's do, but not behind a SEAM."""
+        alone, seam, behind = self.encode(["a", SEAM, SEAM + "a"])
+        return seam if behind[: len(seam)] == seam and behind[len(seam) :] != alone else []
+
+    @cached_property
+    def spelled(self) -> re.Pattern:
+        """Any special token, as a text may spell it."""
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or SEAM)
+
+    def conversation(self, messages: list[dict[str, str]]) -> list[int]:
+        """Up to where the answer begins, in the tokenizer's template, which alone has special tokens (BOS, too, if it
+        wants one): what spells one in a message stands between two SEAMs, and stays text."""
+        name = self.tokenizer.name_or_path
+        refuse(not self.tokenizer.chat_template, f"{name}: no chat template, and the data's prompts are conversations")
+        plain = partial(self.spelled.sub, rf"{SEAM}\g<0>{SEAM}")
+        messages = [{key: plain(text.replace(SEAM, "")) for key, text in message.items()} for message in messages]
+        with one_line(f"{name}: chat template, for {messages[-1]['content'][:60]!r}"):
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        parts = enumerate(text.split(SEAM))
+        rows = [self.encode([part], special=i % 2 == 0, seam=self.seam if i else ()) for i, part in parts]
+        return list(chain(*chain(*rows)))
+
+    def uncut(self, posts: Sequence[Post]) -> list[list[int]]:
+        """The template filled in [D1], or the prompt, however long; of a post beyond all measure only the beginning."""
+        most, filled = 64 * self.data.query_tokens, self.data.query_format.format
+        texts = [p.post if p.prompt else filled(**{k: v[:most] for k, v in p.fields().items()}) for p in posts]
+        rows = [self.start + query for query in self.encode(texts)]
+        return [self.conversation(p.prompt) if isinstance(p.prompt, list) else row for p, row in zip(posts, rows)]
+
+    def queries(self, posts: Sequence[Post]) -> list[list[int]]:
+        """Queries, cut at a paragraph where they exceed `query_tokens` [D2]; [] where a title or prompt alone does."""
+        limit, queries = self.data.query_tokens, self.uncut(posts)
+        return [q if 0 < len(q) <= limit else self.cut_query(post) for post, q in zip(posts, queries)]
+
+    def cut_query(self, post: Post) -> list[int]:
+        def tokens(text: str) -> list[int]:
+            return self.uncut([post._replace(post=text)])[0]
+
+        def fits(text: str) -> bool:
+            return len(tokens(text)) <= self.data.query_tokens
+
+        return tokens(truncate_post(post.post, fits)) if not post.prompt and fits("") else []
+
+    def responses(self, summaries: Sequence[str], posts: Sequence[Post] = ()) -> list[list[int]]:
+        """One space, the summary, EOS [D1, D4]; to a prompt the answer, EOS. Never cut: that would lose EOS."""
+        texts = [text if post and post.prompt else " " + text.strip() for text, post in zip_longest(summaries, posts)]
+        return [[*tokens, self.eos_id] for tokens in self.encode(texts, seam=self.seam)]
+
+    def text(self, response: Sequence[int], whole: bool = False) -> str:
+        """What a response says, without its EOS, and blanks around it. Whatever else there is stays, special or not."""
+        tokens = [token for token in response if token != self.eos_id]
+        text = self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        return text if whole else text.strip()
+
+
+def truncate_post(post: str, fits: Callable[[str], bool]) -> str:
+    """Cut at the last newline while it does not fit; with none left, drop characters from the end [D2; 5, 4].
+
+    `fits` must stay true when the text gets shorter: then the cut can be found by bisection, and a post of a
+    megabyte takes twenty tests, not a million. InputError if not even the empty post fits."""
+    if fits(post):
+        return post
+    refuse(not fits(""), "even an empty post does not fit: title and template are too long")
+    newlines = [i for i, character in enumerate(post) if character == "\n"]
+    fitting = bisect_left(newlines, True, key=lambda cut: not fits(post[:cut]))
+    if fitting:
+        return post[: newlines[fitting - 1]]
+    longest = newlines[0] if newlines else len(post)
+    return post[: bisect_left(range(longest), True, key=lambda cut: not fits(post[:cut])) - 1]
+
+
+# Here the method ends. What follows is the program around it: first the files that a run reads.
+
+
 def read_posts(run: Run, split: str) -> list[Post]:
     data = run.config.data
     given = {"train": data.train, "valid": data.valid, "test": data.test or data.valid}[split]
@@ -1812,8 +1512,125 @@ def fitting(run: Run, what: str, why: str, fits: list[bool], posts: Sequence[Pos
     return [i for i, fit in enumerate(fits) if fit]
 
 
+# The Hub's copies of the TL;DR data hold whole queries as prompts: these are taken apart, and may be cut.
+HUB_PROMPT = re.compile(r"SUBREDDIT: r/(.*?)\n\nTITLE: (.*?)\n\nPOST: (.*)\n\nTL;DR:\s*", re.DOTALL)
+
+
+def parse_post(record: dict) -> Post:
+    """A record of OpenAI's tldr_3_filtered files; or a prompt with its completion, else what was chosen, else alone."""
+    if record.get("prompt") is None and any(record.get(name) is not None for name in ("subreddit", "post")):
+        return Post(*(text_field(record, name) for name in ("subreddit", "title", "post", "summary")), record)
+    post, answers = parse_prompt(record)
+    return post._replace(summary=answers.get("completion", answers.get("chosen", "")).removesuffix("<|endoftext|>"))
+
+
+def parse_comparison(record: dict) -> Comparison:
+    """A record of OpenAI's comparison files (info, summaries, choice), or chosen and rejected answers to a prompt.
+
+    OpenAI's validation files hold news articles too, a kind of their own: how well preferences travel [4, 5]."""
+    if record.get("info") is None and record.get("summaries") is None:
+        post, answers = parse_prompt(record)
+        summaries = [{"text": text_field(answers, name)} for name in ("chosen", "rejected")]
+        choice, kinds = 0, ["unknown"]
+    else:
+        info, summaries, choice = (record.get(name) for name in ("info", "summaries", "choice"))
+        refuse(not isinstance(info, dict), "field 'info' is missing or not an object")
+        pair = isinstance(summaries, list) and len(summaries) == 2 and all(isinstance(s, dict) for s in summaries)
+        refuse(not pair, "field 'summaries' is not two objects")
+        refuse(type(choice) is not int or choice not in (0, 1), f"field 'choice' is {choice!r}, must be 0 or 1")
+        extra = record["extra"] if isinstance(record.get("extra"), dict) else {}
+        policies = " vs ".join(sorted(str(summary.get("policy", "unknown")) for summary in summaries))
+        of = {"policy": policies, "batch": record.get("batch"), "confidence": extra.get("confidence")}
+        kinds = [text_field({name: str(kind)}, name) for name, kind in of.items() if kind is not None]
+        if of["confidence"] is not None:
+            kinds[-1] = f"confidence {kinds[-1]}"
+        info = {name: value for name, value in info.items() if value is not None}  # the Hub's copies have all names
+        if "article" in info and "post" not in info:
+            info, kinds = {"subreddit": "news", "title": "", "post": info["article"]} | info, [*kinds, "news articles"]
+        post = parse_post({**info, "summary": ""})
+    texts = [text_field(summary, "text") for summary in summaries]
+    refuse(not all(text.strip() for text in texts), "one of the two texts is empty")
+    return Comparison(post, texts[choice], texts[1 - choice], tuple(kinds))
+
+
+def parse_prompt(record: dict) -> tuple[Post, dict[str, str]]:
+    """A prompt, and of its completion, chosen and rejected what there is: text, or messages of which the last answers.
+
+    Where there is no prompt, chosen and rejected begin with it: all messages but the last; a text up to where the last
+    answer begins, as in HH (Bai et al. 2022, arXiv 2204.05862), or else to the word where the two part."""
+    given = [name for name in ("prompt", "completion", "chosen", "rejected") if record.get(name) is not None]
+    fields = {name: prompt_field(record, name) for name in given}
+    prompt, one, other = (fields.get(name, "") for name in ("prompt", "chosen", "rejected"))
+    if not prompt and isinstance(one, str) and isinstance(other, str):
+        common = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+        prompt = re.match(r"(.*\n\nAssistant:|.*(?=\s)|)", one[:common], re.DOTALL)[0]
+        fields |= {"chosen": one[len(prompt) :], "rejected": other[len(prompt) :]}
+    elif not prompt and one[:-1] == other[:-1]:
+        prompt = one[:-1]
+    refuse(not prompt, "field 'prompt' (or 'post') is missing, and 'chosen' and 'rejected' have no common beginning")
+    answers = {name: field if isinstance(field, str) else field[-1]["content"] for name, field in fields.items()}
+    if isinstance(prompt, str) and (match := HUB_PROMPT.fullmatch(prompt)):
+        return Post(*match.groups(), "", record), answers
+    text = prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    return Post("", "", text, "", record, prompt), answers
+
+
+def prompt_field(record: dict, name: str) -> Prompt:
+    if not isinstance(record[name], list):
+        return text_field(record, name)
+    refuse({*map(type, record[name])} != {dict}, f"field '{name}' is neither text nor messages")
+    return [{key: text_field(message, key) for key in ("role", "content")} for message in record[name]]
+
+
+def text_field(record: dict, name: str) -> str:
+    text = record.get(name)
+    refuse(not isinstance(text, str), f"field '{name}' is missing or not text")
+    refuse(not text.isascii() and re.search("[\ud800-\udfff]", text), f"field '{name}' is not valid Unicode")
+    return text
+
+
+def lines_of(path: Path) -> AbstractContextManager[Iterable[bytes | dict]]:
+    """Lines of a JSON Lines file (.gz too), or rows of a Parquet file."""
+    if path.suffix == ".parquet":
+        refuse(importlib.util.find_spec("pyarrow") is None, f"{path} needs pyarrow: pip install pyarrow")
+        return nullcontext(importlib.import_module("pyarrow.parquet").read_table(path).to_pylist())
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+
+
+def read_records(path: Path, parse: Callable[[dict], NamedTuple]) -> tuple[list, list[str]]:
+    """Parsed records of a file, and complaints about what was left out: file, line, field."""
+    records, unusable, bad, line = [], [], 0, b""
+    with one_line(str(path)), lines_of(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                encoding = "utf-8-sig" if number == 1 else "utf-8"
+                record = line if isinstance(line, dict) else json.loads(line.decode(encoding))
+                refuse(not isinstance(record, dict), "not a JSON object")
+                records.append(parse(record))
+            except (ValueError, RecursionError) as error:
+                bad += 1
+                unusable += [f"line {number}: {error}"] if bad <= 3 else []
+            if bad > 10_000 + len(records):  # it may have no end
+                break
+    if bad and isinstance(line, bytes) and line.isspace():  # the last: many a program writes one
+        bad, unusable = bad - 1, unusable[: bad - 1]
+    complaint = f"{path}: {bad:,} of {bad + len(records):,} records are unusable: {'; '.join(unusable)}"
+    refuse(bad > 0.01 * (bad + len(records)), f"{complaint} (at most 1% may be)")
+    refuse(not records, f"{path}: no records")
+    return records, [complaint] if unusable else []
+
+
+def write_records(records: Sequence[dict], path: Path) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def write_json(record: dict, path: Path) -> None:
+    path.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+
+
 # -----------------------------------------------------------------------------
-# 6 evaluation: side by side, with controls [D24].
+# 6 evaluation: side by side, with controls [D24]; and what a person watches on the way.
 
 
 Marks = dict[str, np.ndarray]  # what a writer's summaries got, (N,) each
@@ -1826,7 +1643,7 @@ def evaluate(run: Run) -> None:
     codec = run.codec("sft")
     posts, queries = (x[: config.evaluate.posts] for x in read_prompts(run, "test", codec))
     check_tokenizer(run, run.path("ppo"))
-    policies = {name: engine.place(load_policy(run.path(name.lower()))) for name in ("SFT", "PPO")}
+    policies = {name: engine.place(partial(load_policy, run.path(name.lower()))) for name in ("SFT", "PPO")}
     for policy in policies.values():
         check_room(policy, config.data)
     scorers = {"score": load_scorer(run)}
@@ -1982,6 +1799,71 @@ def table(rows: list[list[str]]) -> str:
     return "\n" + "\n".join(lines)
 
 
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese have no blanks between words: each character counts as one.
+ALONE = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(rf"[{ALONE}]|[^\W_{ALONE}]+")  # of letters and digits, in whatever script
+STEM = re.compile(rf"[{ALONE}]|[^\W\d_{ALONE}]{{2,}}|[^\W\d_\x00-\x7f]")  # of letters alone, in English of two or more
+
+
+def rouge_l(summary: str, reference: str) -> float:
+    """ROUGE-L F1: longest common subsequence of words, over the mean of both lengths [Lin 2004]."""
+    a, b = (WORD.findall(text.lower()) for text in (summary, reference))
+    row = [0] * (len(b) + 1)
+    for word in a:
+        previous = row
+        row = [0]
+        for j, other in enumerate(b):
+            row.append(previous[j] + 1 if word == other else max(previous[j + 1], row[j]))
+    return 2 * row[-1] / max(1, len(a) + len(b))
+
+
+def bad_signs(history: list[dict[str, float]]) -> Iterator[str]:
+    """What the statistics of the updates so far warn of."""
+    last, quarter = history[-1], len(history) // 4
+    if last["policy/first_abs_log_ratio"] > 0.02 and "policy/halvings" not in last:  # a natural step comes before it
+        yield "the first ratio of a batch is not 1: old log-probabilities do not come from the same computation [D14]"
+    if last["objective/kl"] < -4 * last["objective/kl_error"]:
+        yield "the KL to the SFT model is negative: responses are not samples of the policy that is said to write them"
+    if last["val/eos_rate"] < 0.5:
+        yield "fewer than half of the responses end: raise --data.response-tokens or lower --ppo.missing-eos-score"
+    if len(history) == 1 and last.get("val/explained_variance", 0) < -3:
+        yield "the values start far from the returns: PPO will first learn their level, and the policy suffer from it"
+    if last["policy/clipfrac"] > 0.5:
+        yield "over half of the tokens are clipped: the step is too large, lower --ppo.lr"
+    if quarter >= 2 and "objective/labeler" in last:
+
+        def rise(name: str) -> float:
+            values = [update[f"objective/{name}"] for update in history]
+            return (sum(values[-quarter:]) - sum(values[:quarter])) / quarter
+
+        if rise("raw_scores") > 0 and rise("labeler") < -0.02:
+            yield "scores rise while the labeler's fall: reward hacking, raise --ppo.kl-coef"
+
+
+def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: Models) -> None:
+    """One validation post: the author's line, SFT's and the policy's next-to-greedy summaries, with their scores."""
+    post, engine, config = posts[update % len(posts)], run.engine, run.config
+    queries, uniforms = codec.queries([post]), noise(config.seed, "show", [update], config.data.response_tokens)
+    written = {"author": author_responses(codec, [post], models.policy)} if post.summary.strip() else {}
+    for name, policy in (("reference" if config.ppo.ref_model else "sft", models.ref_policy), ("ppo", models.policy)):
+        written[name] = sample(policy, queries, uniforms, config.evaluate.temperature, codec.eos_id, engine)
+    record = {"update": update} | post.fields()
+    run.say(headline(post))
+    for name, responses in written.items():
+        score = outcome_scores(models.reward_model, [post], codec, engine, Batch(queries, responses))
+        has_eos = torch.tensor([responses[0][-1] == codec.eos_id], device=score.device)
+        score = penalize_missing_eos(score, has_eos, config.ppo.missing_eos_score).item()
+        record |= {name: codec.text(responses[0]), f"{name}_score": score}
+        run.say(f"    {name:7} {score:6.2f}  {record[name]}")
+    run.append("samples.jsonl", record)
+
+
+def headline(post: Post) -> str:
+    """What a post is about, and its end, for the screen."""
+    about = "" if post.prompt else f"r/{post.subreddit}, {post.title}: "
+    return f"    {about}...{' '.join(post.post.split())[-80:]}"
+
+
 SHOWN = {  # on the screen and in pictures, those of PPO first
     "objective/scores": "score",
     "objective/labeler": "labeler",
@@ -2030,24 +1912,6 @@ def ppo_updates(folder: Path) -> list[dict]:
         return []
     with one_line(f"{path} is not what a run writes"), open(path, encoding="utf-8") as lines:
         return [record for record in map(json.loads, lines) if record["stage"] == "ppo"]
-
-
-# Thai, Lao, Burmese, Khmer, Japanese and Chinese have no blanks between words: each character counts as one.
-ALONE = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-WORD = re.compile(rf"[{ALONE}]|[^\W_{ALONE}]+")  # of letters and digits, in whatever script
-STEM = re.compile(rf"[{ALONE}]|[^\W\d_{ALONE}]{{2,}}|[^\W\d_\x00-\x7f]")  # of letters alone, in English of two or more
-
-
-def rouge_l(summary: str, reference: str) -> float:
-    """ROUGE-L F1: longest common subsequence of words, over the mean of both lengths [Lin 2004]."""
-    a, b = (WORD.findall(text.lower()) for text in (summary, reference))
-    row = [0] * (len(b) + 1)
-    for word in a:
-        previous = row
-        row = [0]
-        for j, other in enumerate(b):
-            row.append(previous[j] + 1 if word == other else max(previous[j + 1], row[j]))
-    return 2 * row[-1] / max(1, len(a) + len(b))
 
 
 # -----------------------------------------------------------------------------
@@ -2118,7 +1982,7 @@ def pretrain(run: Run) -> None:
     config = run.config
     tokenizer = train_tokenizer(read_posts(run, "train"), config.data.query_format, config.pretrain.vocab_size)
     codec = Codec(tokenizer, config.data)
-    model = run.engine.place(small_model(config.pretrain, tokenizer, config.seed))
+    model = run.engine.place(lambda: small_model(config.pretrain, tokenizer, config.seed))
     posts, queries = read_prompts(run, "train", codec)
     repeated = [f"{post.title}. {' '.join(post.post[:200].split()[:12])}" for post in posts]
     batch = Batch(queries, codec.responses(repeated, posts))
@@ -2174,7 +2038,7 @@ def compare(run: Run) -> None:
     """Comparisons where the user has none: the labeler judges samples of the SFT model."""
     config, seed, K, T = run.config, run.config.seed, run.config.compare.samples, run.config.data.response_tokens
     writer, tie, codec = config.compare.policy, config.compare.tie, run.codec("sft")
-    policy = run.engine.place(load_policy(run.path(writer)))
+    policy = run.engine.place(lambda: load_policy(run.path(writer)))
     check_room(policy, config.data)
     labeler = Labeler(read_posts(run, "train"))
     share = run.can_share(read_prompts(run, "valid", codec)[1], K, policy)
@@ -2291,33 +2155,6 @@ class Stopped(InputError):
 def refuse(condition: bool, message: str, kind: type[InputError] = InputError) -> None:
     if condition:
         raise kind(message)
-
-
-READ = os.getcwd, torch.is_grad_enabled, torch.get_default_dtype, torch.get_num_threads  # what others may change
-RESET = os.chdir, torch.set_grad_enabled, torch.set_default_dtype, torch.set_num_threads
-NOT_THEIRS = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).resolve()), __file__, "<")
-
-
-@contextmanager
-def one_line(what: str, function: Callable | None = None, text: str = "") -> Iterator[None]:
-    """Inside runs code of others, as a user's `function` asked about a text. Whatever it raises becomes one line, with
-    the user's line that led to it; what it changed about the process is undone."""
-    before = [read() for read in READ]
-    try:
-        yield
-    except (KeyboardInterrupt, InputError):
-        raise
-    except BaseException as error:  # sys.exit(0), too: the run would end as if it were finished
-        code, trace = getattr(function, "__code__", None), traceback.extract_tb(error.__traceback__)
-        places = [(code.co_filename, code.co_firstlineno)] if code else []
-        places += [(frame.filename, frame.lineno) for frame in trace if not frame.filename.startswith(NOT_THEIRS)]
-        places += [(error.filename, error.lineno)] if isinstance(error, SyntaxError) else []
-        said = " ".join(traceback.format_exception_only(error)[-1].split())[:200]
-        said += "".join(f" ({Path(str(file)).name}, line {line})" for file, line in places[-1:])
-        raise Stopped(f"{what}: {said}" + f", for {text[:60]!r}" * bool(function and text)) from None
-    finally:
-        for reset, value in zip(RESET, before):
-            reset(value)
 
 
 @dataclass(frozen=True)
@@ -2617,7 +2454,9 @@ def check_numbers(config: Config) -> None:
 
 
 # -----------------------------------------------------------------------------
-# 9 runtime: devices and processes, the run's folder, its log and screen, checkpoints. No algorithm.
+# 9 runtime: devices and processes; the run's folder, log and checkpoints; models and functions that users bring.
+#
+# No algorithm.
 
 
 @dataclass(frozen=True)
@@ -2673,18 +2512,26 @@ class Engine:
         finally:
             torch.set_float32_matmul_precision(before)
 
-    def place(self, model: nn.Module) -> nn.Module:
-        """The model on this process's device: whole; or its share of every weight, by FSDP2, block by block."""
+    def place(self, load: Callable[[], nn.Module]) -> nn.Module:
+        """The model, on this process's device: whole; or its share of every weight, by FSDP2, block by block. Those who
+        will hold shares load one after another, so that a machine has memory for one whole model, not for all."""
         if not self.fsdp:
-            return model.to(self.device)
+            return load().to(self.device)
         from torch.distributed.fsdp import fully_shard
 
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world,))
-        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        for block in max(lists, key=len, default=()):  # the longest list of modules: the transformer's blocks
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh, reshard_after_forward=True)
-        return model
+        for _ in range(self.rank):
+            dist.barrier()
+        try:
+            model = load()
+            lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+            for block in max(lists, key=len, default=()):  # the longest list of modules: the transformer's blocks
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh, reshard_after_forward=True)
+            return model
+        finally:  # what cannot be loaded, none of them can
+            for _ in range(self.rank, self.world):
+                dist.barrier()
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:
@@ -3139,6 +2986,176 @@ def provenance(config: Config) -> dict:
     versions = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__}
     now, commit = datetime.now().astimezone().isoformat(timespec="seconds"), said.strip() or None
     return {"config": asdict(config), "started": now, "versions": versions, "commit": commit, "argv": sys.argv}
+
+
+def load_policy(folder: str | Path) -> PreTrainedModel:
+    """A causal language model that samples as it scores: else PPO draws from one policy and trains another, and no
+    figure can tell. So some left-padded, cached steps of `sample_block` are compared with one pass over a row alone."""
+    policy, queries, seen = load_model("AutoModelForCausalLM", folder, "a policy"), [[1, 2, 3, 4, 5], [2, 3]], []
+    with one_line(f"{folder}: cannot be sampled from"), torch.no_grad():
+        hook = policy.get_output_embeddings().register_forward_hook(lambda module, args, logits: seen.append(logits))
+        responses = sample_block(policy, Batch(queries, [[], []]), torch.full((2, 4), 0.5), 1.0, eos_id=-1)
+        for query, response in zip(queries, responses):
+            response_logits(policy, lay_out(Batch([query], [response])))
+        hook.remove()
+        steps, alone = torch.cat(seen[:4], dim=1), torch.cat(seen[4:])
+        same = (steps - alone).abs().max() <= 1e-3 * alone.abs().max()
+    refuse(not same, f"{folder}: sampling, cached and padded on the left, gives other logits than reading a row alone")
+    return policy
+
+
+def load_model(auto: str, folder: str | Path, what: str, new: str | None = None, **options: object) -> PreTrainedModel:
+    """A decoder in float32 [D21], dropout off: it stays in eval mode, always [D11].
+
+    transformers draws weights that a folder lacks, and passes over those it does not know. Here each must have its
+    place, but for the head `new`, which is to be drawn, and the one it replaces."""
+    refuse(Path(folder, "adapter_config.json").is_file(), f"{folder}: an adapter: merge it into its model first")
+    options |= {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = load_pretrained(auto, folder, **options)
+    model, config = model.eval(), model.config.get_text_config()
+    missing, unknown = (set(info[f"{kind}_keys"]) for kind in ("missing", "unexpected"))
+    if new and hasattr(model, "score"):
+        trunk = "" if missing - {new} else model.base_model_prefix  # the head that is replaced stands beside it
+        unknown = {name for name in unknown if name.startswith(trunk)} | ({new} - missing)
+    misshapen, state = {name for name, *_ in info["mismatched_keys"]}, model.state_dict().items()
+    faults = {"missing": missing - {new}, "unknown": unknown, "misshapen": misshapen}
+    faults["not finite"] = {name for name, weight in state if not weight.isfinite().all()}
+    said = [f"{len(names)} {fault} ({min(names)})" for fault, names in faults.items() if names]
+    refuse(bool(said), f"{folder}: not {what}; of its weights {', '.join(said)}")
+    refuse(not any(p.requires_grad for p in model.parameters()), f"{folder}: none of its weights can be trained")
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False  # no loss here has a use for them, and sampling fails on them
+    rows = torch.tensor([range(1, 9), [1, 2, 3, 4, 6, 7, 8, 9]]) % config.vocab_size
+    with one_line(f"{folder}: cannot be run"), torch.no_grad():
+        one, other = model.base_model(input_ids=rows, use_cache=False)[0][:, :4]
+    same = (one - other).abs().max() <= 1e-3 * one.abs().max()  # rows side by side may round differently
+    refuse(not same, f"{folder}: not a causal model: what it reads first changes with what comes later")
+    return model
+
+
+def load_pretrained(auto: str, folder: str | Path, **options: object):
+    """A transformers object from a folder or the Hub; whatever goes wrong becomes one line that names the folder."""
+    import transformers
+
+    check_name(folder)
+    with one_line(f"{folder}: cannot load"):
+        return getattr(transformers, auto).from_pretrained(folder, trust_remote_code=False, **options)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """With an EOS, and tokens that the folder's model knows."""
+    tokenizer, config = (load_pretrained(auto, folder) for auto in ("AutoTokenizer", "AutoConfig"))
+    eos, size = tokenizer.eos_token_id, config.get_text_config().vocab_size
+    refuse(eos is None, f"{folder}: the tokenizer has no EOS token, and responses must end with one")
+    of_text = {*tokenizer.get_vocab().values()} - {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    refuse(not of_text, f"{folder}: has no tokenizer, or an empty one")
+    for what, token in (("EOS", eos), ("the last token", max(of_text))):
+        refuse(token >= size, f"{folder}: {what} is {token}, beyond the {size} rows of the model's embedding")
+    return tokenizer
+
+
+def check_name(folder: str | Path) -> None:
+    """A folder, or owner/name on the Hub; but a slip in a folder's name should not download a stranger's model."""
+    hub = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(folder)) and not Path(str(folder).partition("/")[0]).exists()
+    refuse(not hub and not Path(folder).is_dir(), f"{folder}: no such folder")
+
+
+def check_room(model: PreTrainedModel, data: Data) -> None:
+    """Refuse sequences longer than the model has positions for."""
+    response = max(data.response_tokens, data.comparison_tokens)
+    need = data.query_tokens + response
+    have = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    flags = f"--data.query-tokens {data.query_tokens} and responses of {response}"
+    refuse(need > have, f"{flags} need {need} positions, {model.config.name_or_path} has {have}")
+
+
+def check_tokenizer(run: Run, folder: str | Path) -> None:
+    """Refuse a model that reads other tokens than the SFT model writes: texts of the run tell."""
+    sft, posts = run.path("sft"), read_posts(run, "valid")[:100]
+    codecs = [Codec(load_tokenizer(each), run.config.data) for each in (folder, sft)]
+    one, other = ([c.eos_id, c.uncut(posts), c.responses([post.summary for post in posts], posts)] for c in codecs)
+    refuse(one != other, f"{folder} and {sft} have different tokenizers; all models of a run need one")
+
+
+def save_model(
+    model: PreTrainedModel, weights: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """A plain transformers folder with these weights, which are `Engine.weights(model)`. Its pad id is in range and not
+    EOS, so that transformers' own sequence classification, which reads the last token that is not padding, reads the
+    score at EOS [D3]. Of generation it says these ids alone: flags of the base may mislead, or forbid the saving."""
+    check_finite(weights)
+    eos, pad, size = tokenizer.eos_token_id, tokenizer.pad_token_id, model.config.get_text_config().vocab_size
+    if pad is None or pad == eos or pad >= size:
+        candidates = [token for token in tokenizer.all_special_ids if token != eos and token < size]
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens([*candidates, 0 if eos != 0 else 1][0])
+    model.config.pad_token_id, model.config.eos_token_id = tokenizer.pad_token_id, eos
+    if model.can_generate():
+        ids = {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        model.generation_config = type(model.generation_config)(eos_token_id=eos, **ids)
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+def check_finite(weights: dict[str, Tensor]) -> None:
+    """What a last step has spoilt is not kept: the run can go on from before [D22]."""
+    for name, weight in weights.items():
+        said = f"{name} is not finite; try a lower learning rate (it may change) [D22]"
+        refuse(not weight.isfinite().all(), said, Stopped)
+
+
+def load_function(flag: str, place: str) -> Callable:
+    """module:function, from the working directory or installed."""
+    flag, (module, _, name), here = f"{flag} {place}", place.partition(":"), str(Path.cwd())
+    refuse(not re.fullmatch(r"\w+(\.\w+)*:\w+", place), f"{flag} should name module:function")
+    sys.path.insert(0, here)
+    with one_line(flag):
+        function = getattr(importlib.import_module(module), name)
+    sys.path.remove(here)
+    refuse(not callable(function) or inspect.iscoroutinefunction(function), f"{flag} cannot be called")
+    with one_line(flag, function), suppress(ValueError):  # what a builtin takes may not be known
+        inspect.signature(function).bind("post", "response", "record")
+    return function
+
+
+def verified(rule: RewardFunction, posts: Sequence[Post], texts: list[str]) -> list[float]:
+    scores = []
+    for post, text in zip(posts, texts):
+        with one_line("--ppo.reward-function", rule, text):
+            score = rule(post.post, text, copy.deepcopy(post.record))
+            number = math.nan
+            with suppress(TypeError, ValueError, OverflowError):
+                number = float(score) if not isinstance(score, str) else math.nan
+            said = f"--ppo.reward-function returned {reprlib.repr(score)}, not a finite number, for {text[:60]!r}"
+            refuse(not abs(number) <= torch.finfo(torch.float32).max, said)
+            scores.append(number)
+    return scores
+
+
+READ = os.getcwd, torch.is_grad_enabled, torch.get_default_dtype, torch.get_num_threads  # what others may change
+RESET = os.chdir, torch.set_grad_enabled, torch.set_default_dtype, torch.set_num_threads
+NOT_THEIRS = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).resolve()), __file__, "<")
+
+
+@contextmanager
+def one_line(what: str, function: Callable | None = None, text: str = "") -> Iterator[None]:
+    """Inside runs code of others, as a user's `function` asked about a text. Whatever it raises becomes one line, with
+    the user's line that led to it; what it changed about the process is undone."""
+    before = [read() for read in READ]
+    try:
+        yield
+    except (KeyboardInterrupt, InputError):
+        raise
+    except BaseException as error:  # sys.exit(0), too: the run would end as if it were finished
+        code, trace = getattr(function, "__code__", None), traceback.extract_tb(error.__traceback__)
+        places = [(code.co_filename, code.co_firstlineno)] if code else []
+        places += [(frame.filename, frame.lineno) for frame in trace if not frame.filename.startswith(NOT_THEIRS)]
+        places += [(error.filename, error.lineno)] if isinstance(error, SyntaxError) else []
+        said = " ".join(traceback.format_exception_only(error)[-1].split())[:200]
+        said += "".join(f" ({Path(str(file)).name}, line {line})" for file, line in places[-1:])
+        raise Stopped(f"{what}: {said}" + f", for {text[:60]!r}" * bool(function and text)) from None
+    finally:
+        for reset, value in zip(RESET, before):
+            reset(value)
 
 
 # -----------------------------------------------------------------------------

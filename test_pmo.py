@@ -5200,6 +5200,31 @@ def test_many_processes_give_the_run_of_one():
 
 
 @law(
+    "processes that share all weights load one after another, and wait for one another where nothing can be loaded, too",
+    "README: Many processes", "Engine",
+    world=st.integers(1, 4), fails=st.booleans(),
+)  # fmt: skip
+def test_processes_that_share_weights_load_in_turn(world, fails):
+    import torch.distributed.fsdp
+
+    def load() -> torch.nn.Module:
+        events.append("load")
+        assert not fails, "no such folder"
+        return torch.nn.Linear(1, 1)
+
+    for rank in range(world):
+        events: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(impl.dist, "barrier", lambda events=events: events.append("wait"))
+            patch.setattr(impl.dist.device_mesh, "init_device_mesh", lambda *sizes: None)
+            patch.setattr(torch.distributed.fsdp, "fully_shard", lambda module, **_: events.append("shard"))
+            engine = impl.Engine(fsdp=True, rank=rank, world=world)
+            with pytest.raises(AssertionError, match="folder") if fails else contextlib.nullcontext():
+                engine.place(load)
+        assert events == ["wait"] * rank + ["load"] + ["shard"] * (not fails) + ["wait"] * (world - rank)
+
+
+@law(
     "two processes ask a rule and a judge once, and give the evaluation of one",
     "[7]; README: Many processes", *RESUME_NEEDS, "outcome_scores", "votes",
 )  # fmt: skip
@@ -6935,7 +6960,7 @@ def test_gpu_and_cpu_agree():
     def look(device: str) -> list[Tensor]:
         machine = impl.Engine.start(impl.Compute(device=device, precision="float32"))  # without TF32
         function = lambda x: [impl.response_logprobs(policy, x, 0.7), scalar.values(x), scalar.scores(x)]  # noqa: E731
-        machine.place(policy), machine.place(scalar)
+        machine.place(lambda: policy), machine.place(lambda: scalar)
         return [x.cpu() for x in impl.map_rows(batch, machine, function)]
 
     for cpu, cuda in zip(look("cpu"), look("cuda")):
@@ -7236,7 +7261,7 @@ MUTANTS = [
     Mutant("KL is marked upside down", "test_evaluation_columns_belong_to_their_models", "(one - two).sum(1).cpu()", "(two - one).sum(1).cpu()"),
     Mutant("KL is marked at temperature 1", "test_evaluation_columns_belong_to_their_models", "(batch_logprobs(model, batch, warm, engine) for model", "(batch_logprobs(model, batch, 1.0, engine) for model"),
     Mutant("another post is the same post", "test_marks_are_what_they_are_called", "for response in batch.responses], far_away(posts)", "for response in batch.responses], posts"),
-    Mutant("SFT and PPO change columns", "test_evaluation_columns_belong_to_their_models", 'load_policy(run.path(name.lower()))) for name in ("SFT", "PPO")}', 'load_policy(run.path(name.lower()))) for name in ("SFT", "PPO")}\n    policies = dict(zip(policies, reversed(policies.values())))'),
+    Mutant("SFT and PPO change columns", "test_evaluation_columns_belong_to_their_models", 'partial(load_policy, run.path(name.lower()))) for name in ("SFT", "PPO")}', 'partial(load_policy, run.path(name.lower()))) for name in ("SFT", "PPO")}\n    policies = dict(zip(policies, reversed(policies.values())))'),
     Mutant("the validation posts are the test", "test_evaluation_columns_belong_to_their_models", '"test": data.test or data.valid', '"test": data.valid'),
     Mutant("an earlier run comes before this one", "test_a_runs_own_folder_comes_first", "(self.folder, *self.config.from_run) if own", "(*self.config.from_run, self.folder) if own"),
     Mutant("BOS is forgotten", "test_bos_where_the_tokenizer_has_one", "rows = [self.start + query for query in self.encode", "rows = [query for query in self.encode"),
@@ -7317,7 +7342,7 @@ MUTANTS = [
     Mutant("the rollout's mask forgets EOS", "test_rollout_holds_what_each_model_said", "[len(response) for response in batch.responses], device=engine.device)", "[max(1, len(response) - 1) for response in batch.responses], device=engine.device)"),
     Mutant("hacking is seen where the labeler rises", "test_bad_signs_are_said_once", 'rise("labeler") < -0.02', 'rise("labeler") > 0.02'),
     Mutant("the second moment is the default's", "test_every_stage_has_the_optimizer_asked_for", "betas=(0.9, config.beta2)", "betas=(0.9, 0.999)"),
-    Mutant("PPO forgets the second moment", "test_every_stage_has_the_optimizer_asked_for", "adamw(run.config.optimizer, *((module", "adamw(Optimizer(), *((module"),
+    Mutant("PPO forgets the second moment", "test_every_stage_has_the_optimizer_asked_for", "adamw(run.config.optimizer, (models.policy", "adamw(Optimizer(), (models.policy"),
     Mutant("a resumed run starts its stage anew", "test_a_checkpoint_restores_what_steps_change", 'if self.progress["stage"] == stage:', "if False:"),
     Mutant("work is dealt twice", "test_work_is_dealt_once", "groups[self.rank :: self.world]]", "groups[self.rank :]]"),
     Mutant("a process without work counts the first group", "test_work_is_dealt_once", "[(groups[0], False)]", "[(groups[0], True)]"),
@@ -7343,7 +7368,7 @@ MUTANTS = [
     Mutant("rollouts are drawn at temperature 1", "test_every_update_sees_its_own_episodes", "sample(models.policy, prompts, uniforms, config.temperature,", "sample(models.policy, prompts, uniforms, 1.0,"),
     Mutant("γ and λ change places", "test_every_update_sees_its_own_episodes", "rollout.mask, config.gamma, config.lam)", "rollout.mask, config.lam, config.gamma)"),
     Mutant("advantages are whitened per minibatch", "test_ppo_whitens_advantages_over_the_batch", "optimizer_step(engine, optimizer, rollout[rows], *losses)", "optimizer_step(engine, optimizer, replace(rollout[rows], advantages=whiten(rollout[rows].advantages, rollout[rows].mask)), *losses)"),
-    Mutant("comparisons are of the base model's samples", "test_comparisons_are_all_pairs_at_ppos_temperature", "policy = run.engine.place(load_policy(run.path(writer)))", 'policy = run.engine.place(load_policy(run.path("base")))'),
+    Mutant("comparisons are of the base model's samples", "test_comparisons_are_all_pairs_at_ppos_temperature", "policy = run.engine.place(lambda: load_policy(run.path(writer)))", 'policy = run.engine.place(lambda: load_policy(run.path("base")))'),
     Mutant("the stranger's text is the post's own", "test_comparisons_are_all_pairs_at_ppos_temperature", "drafts[(i + 1) % len(posts)][0])", "drafts[i][1])"),
     Mutant("the better of two samples stands first", "test_comparisons_are_the_labelers", "(writer, worse), tie, (i + k) % 2 == 1)", "(writer, worse), tie, False)"),
     Mutant("one post's summary is exchanged with itself", "test_the_reward_model_sees_each_pair_once_the_right_way_round", "for query, own, other in rows if own != other]", "for query, own, other in rows]"),
@@ -7393,7 +7418,7 @@ MUTANTS = [
     # whole runs
     Mutant("what is measured after the steps stands at the last", "test_a_run_logs_finite_numbers_and_ratio_one", "        self.step = total\n", ""),
     Mutant("the learning rate stays up", "test_a_run_logs_finite_numbers_and_ratio_one", "set_lr(optimizer, 1 - update / config.num_updates)", "set_lr(optimizer, 1.0)"),
-    Mutant("the reference learns with the policy", "test_frozen_models_stay_frozen", "ref_policy = place(load_policy(config.ref_model or sft_folder).requires_grad_(False))", "ref_policy = policy"),
+    Mutant("the reference learns with the policy", "test_frozen_models_stay_frozen", "ref_policy = place(lambda: load_policy(config.ref_model or sft_folder).requires_grad_(False))", "ref_policy = policy"),
     Mutant("minibatches are the same in every epoch", "test_ppo_uses_every_rollout_once_per_epoch", 'rng(seed, "minibatches", update, epoch)', 'rng(seed, "minibatches", update)'),
     Mutant("advantages are never whitened", "test_ppo_whitens_advantages_over_the_batch", "    if config.whiten_advantages:\n", "    if False:\n"),
     Mutant("the reward model is not centred", "test_the_reward_model_of_a_run_is_centred", "    model.center(scores_of(model, summaries, engine).mean().item())\n", ""),
@@ -7489,10 +7514,12 @@ MUTANTS = [
     Mutant("rollouts' ends stay on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "response[-1] == eos_id for response in batch.responses], device=engine.device)", "response[-1] == eos_id for response in batch.responses])"),
     Mutant("results of forward passes are gathered on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "part.new_zeros((len(batch), T)[: part.dim()])", "torch.zeros((len(batch), T)[: part.dim()])"),
     Mutant("a rule's scores stay on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "torch.tensor(scores, dtype=torch.float32, device=engine.device)", "torch.tensor(scores, dtype=torch.float32)"),
-    Mutant("the reference stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "place(load_policy(config.ref_model or sft_folder).requires_grad_(False))", "load_policy(config.ref_model or sft_folder).requires_grad_(False)"),
-    Mutant("the reward model stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "run.engine.place(ScalarModel.load(folder).requires_grad_(False))", "ScalarModel.load(folder).requires_grad_(False)"),
-    Mutant("the value head stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "place(ValueHead(policy.get_output_embeddings().weight.shape[1]))", "ValueHead(policy.get_output_embeddings().weight.shape[1])"),
-    Mutant("a new value model stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "        value_model = place(value_model)\n", ""),
+    Mutant("the reference stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "place(lambda: load_policy(config.ref_model or sft_folder).requires_grad_(False))", "load_policy(config.ref_model or sft_folder).requires_grad_(False)"),
+    Mutant("the reward model stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "run.engine.place(lambda: ScalarModel.load(folder).requires_grad_(False))", "ScalarModel.load(folder).requires_grad_(False)"),
+    Mutant("the value head stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "place(lambda: ValueHead(policy.get_output_embeddings().weight.shape[1]))", "ValueHead(policy.get_output_embeddings().weight.shape[1])"),
+    Mutant("a new value model stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "value_model = place(lambda: ScalarModel.load(sft_folder, train_bias=True, new_head=drawn))", "value_model = ScalarModel.load(sft_folder, train_bias=True, new_head=drawn)"),
+    Mutant("every process holds a whole model at once", "test_processes_that_share_weights_load_in_turn", "for _ in range(self.rank):\n            dist.barrier()", "pass"),
+    Mutant("a model that cannot be loaded leaves the others waiting", "test_processes_that_share_weights_load_in_turn", "        finally:  # what cannot be loaded, none of them can\n", "        except ZeroDivisionError:\n"),
     Mutant("SFT counts query tokens on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "for query in part.queries], device=model.device)", "for query in part.queries])"),
     Mutant("pairs are weighed on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "weights = torch.tensor(weights, device=scores.device)", "weights = torch.tensor(weights)"),
     Mutant("the evaluation asks a GPU for numpy", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "torch.as_tensor(x).cpu().double()", "torch.as_tensor(x).double()"),
