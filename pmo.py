@@ -272,8 +272,9 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def ppo(run: Run) -> None:
     """Proximal policy optimisation against the reward model [1; 4]. Steps are numbered as in the docstring above."""
     config, engine, seed, T = run.config.ppo, run.engine, run.config.seed, run.config.data.response_tokens
-    codec, models, history = run.codec("sft"), load_models(run), ppo_updates(run.folder)  # of before, if resumed
+    codec, history = run.codec("sft"), ppo_updates(run.folder)  # of before, if resumed
     (posts, queries), (valid, _) = read_prompts(run, "train", codec), read_prompts(run, "valid", codec)
+    models = load_models(run, codec, posts, queries)
     labeler = Labeler(posts) if run.labeler_chose else None
     demonstrations = read_examples(run, "train", codec) if config.ptx_coef else None
     share = run.can_share(queries, config.responses_per_query, *models)
@@ -300,8 +301,9 @@ def ppo(run: Run) -> None:
         rollout = replace(credit(rollout, rewards, config), room=T, shown=shown)
         # 6. K epochs of minibatches, each in a new order, and 7. an optimizer step for each minibatch.
         natural = natural_step(models.policy, rollout, config, engine)
-        losses = ppo_losses(models, config)
-        steps = [optimizer_step(engine, optimizer, rollout[rows], *losses) for rows in chain(*epochs)]
+        steps = [
+            optimizer_step(engine, optimizer, rollout[rows], *ppo_losses(models, config)) for rows in chain(*epochs)
+        ]
         optimizer.zero_grad()  # the gradients' memory is for what the next update samples
         moved = update_kl(models.policy, rollout, config.temperature, engine)
         statistics = natural | update_statistics(rollout, steps, moved, config)
@@ -650,7 +652,7 @@ def step_statistics(steps: list[dict[str, float]]) -> dict[str, float]:
     return means | first
 
 
-def load_models(run: Run) -> Models:
+def load_models(run: Run, codec: Codec, posts: Sequence[Post], queries: Sequence[list[int]]) -> Models:
     """Policy and reference from SFT; the value model from the reward model [D10], under a rule from SFT with w = 0."""
     config, place, sft_folder = run.config.ppo, run.engine.place, run.path("sft")
     policy = place(lambda: load_policy(sft_folder))
@@ -664,10 +666,10 @@ def load_models(run: Run) -> Models:
     elif config.baseline == "value-model" and isinstance(reward_model, ScalarModel):
         value_model = place(lambda: ScalarModel.load(run.path("reward"), train_bias=True))
         # No loss saw the reward model before EOS: its level there is an accident, which PPO would spend its start on
-        # (value initialization bias, Yuan et al. 2025, arXiv 2503.01491). Over the references it is made 0.
-        codec = run.codec("sft")
-        posts, queries = read_prompts(run, "train", codec)
-        references = Batch(queries, author_responses(codec, posts, policy))
+        # (value initialization bias, Yuan et al. 2025, arXiv 2503.01491). Over references, a thousand do, it is made 0.
+        some = shuffled(run.config.seed, "references", len(posts), 0, min(len(posts), 1024))
+        written = author_responses(codec, [posts[i] for i in some], policy)
+        references = Batch([queries[i] for i in some], written)
         (values,) = map_rows(references, run.engine, lambda layout: [value_model.values(layout)])
         value_model.center(values.sum().item() / references.response_tokens)
     elif config.baseline == "value-model":
@@ -712,9 +714,9 @@ def train_language_model(
 ) -> None:
     """The loop of both stages that learn to write; `schedule` is of the share of steps that are done."""
     config: Pretrain | SFT = getattr(run.config, stage)
-    order = shuffled(run.config.seed, stage, len(batch), 0, max(1, round(config.epochs * len(batch))))
-    steps = chunks(order, config.batch_size)
     run.say(f"{model.config.model_type}, {model.num_parameters() / 1e6:.2f}M parameters; {len(batch):,} examples")
+    batch = batch[shuffled(run.config.seed, stage, len(batch), 0, max(1, round(config.epochs * len(batch))))]
+    steps = of_like_length(batch, [1] * len(batch), config.batch_size, run.config.seed, stage)
     optimizer = adamw(run.config.optimizer, (model, config.lr))
     losses = partial(language_model_losses, model, prompt_weight)
     for step in run.steps(stage, len(steps), optimizer, model=model):
@@ -756,7 +758,8 @@ def reward(run: Run) -> None:
     own = summaries[shuffled(seed, "pretraining", len(summaries), 0, min(len(summaries), config.pretraining_pairs))]
     order = shuffled(seed, "reward", len(rankings), 0, max(1, round(config.epochs * len(rankings))))
     rankings = Rankings(own.against_others() + [rankings[i] for i in order], share)
-    steps = packed([len(ranking.pairs) for ranking in rankings.rankings], config.batch_size)
+    pairs = [len(ranking.pairs) for ranking in rankings.rankings]
+    steps = of_like_length(rankings, pairs, config.batch_size, seed, "reward")
     optimizer = adamw(run.config.optimizer, (model, config.lr))
     losses = partial(reward_losses, model)
     for step in run.steps("reward", len(steps), optimizer, model=model):
@@ -1313,6 +1316,17 @@ def packed(sizes: Sequence[int], limit: int) -> list[list[int]]:
         packs[-1].append(i)
         room -= size
     return packs
+
+
+def of_like_length(batch: Batch | Rankings, sizes: Sequence[int], limit: int, seed: int, stage: str) -> list[list[int]]:
+    """All rows, each once, as minibatches of up to `limit`, counted by `sizes`, with little padding: of sixteen that
+    stand together rows of like length come into one, and the sixteen in a new order."""
+    lengths, steps = [length for _, _, length in batch.parts(1)], []
+    for i, window in enumerate(chunks(range(len(batch)), 16 * limit)):
+        rows = sorted(window, key=lengths.__getitem__)
+        packs = packed([sizes[row] for row in rows], limit)
+        steps += [[rows[j] for j in packs[k]] for k in rng(seed, f"{stage} minibatches", i).permutation(len(packs))]
+    return steps
 
 
 def micro_batches(batch: Minibatch, size: int) -> list[list[int]]:

@@ -2494,6 +2494,11 @@ def stage_config(name: str, *stages: str, **changes: object):
     return tiny_config(name, **{"stages": stages, "from_run": (finished_run(),)} | changes)
 
 
+def models_of(run):
+    codec = run.codec("sft")
+    return impl.load_models(run, codec, *impl.read_prompts(run, "train", codec))
+
+
 def metrics_of(folder: Path, timings: bool = False) -> list[dict]:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return records if timings else [{k: v for k, v in record.items() if k != "seconds"} for record in records]
@@ -2701,7 +2706,7 @@ def test_the_four_models_start_where_they_should():
     impl.write_records([post.fields() for post in posts], uneven)
     config = stage_config("four models", "ppo")
     run = impl.Run(replace(config, data=replace(config.data, train=uneven)))
-    models, sft, reward = impl.load_models(run), weights_of(folder / "sft"), weights_of(folder / "reward")
+    models, sft, reward = models_of(run), weights_of(folder / "sft"), weights_of(folder / "reward")
     for policy in (models.policy, models.ref_policy):
         assert all(policy.state_dict()[name].equal(x) for name, x in sft.items())
     for scalar in (models.value_model, models.reward_model):
@@ -3312,7 +3317,7 @@ def test_a_rule_replaces_the_reward_model():
         assert 0 <= evaluation["means"]["PPO T=0.7"]["score"] <= 1
         config = tiny_config("rule again", stages=("ppo",), from_run=(whole,), data=data)
         config = replace(config, ppo=by_rule(reward_function="toy_rules:names_it"))
-        models = impl.load_models(impl.Run(config))
+        models = models_of(impl.Run(config))
         assert (models.value_model.values(impl.lay_out(some_batch())) == 0).all()
         assert models.value_model.bias.requires_grad and models.value_model.classifier.score.weight.requires_grad
         for function, culprit in (
@@ -4447,7 +4452,7 @@ def test_shown_samples_belong_to_their_models():
     for T in (16, 3):
         config = stage_config(f"shown {T}", "ppo")
         run = impl.Run(replace(config, data=replace(config.data, response_tokens=T)))
-        models, codec = impl.load_models(run), run.codec("sft")
+        models, codec = models_of(run), run.codec("sft")
         models = models._replace(policy=impl.load_policy(folder / "ppo"))
         impl.show_sample(run, 3, posts, codec, models)
         record = json.loads((run.folder / "samples.jsonl").read_text())
@@ -5248,6 +5253,36 @@ def test_many_processes_ask_a_rule_once():
     assert (one / "eval.jsonl").read_text() == (many / "eval.jsonl").read_text()
     rates = [json.loads((folder / "eval.json").read_text())["comparisons"] for folder in (one, many)]
     assert all(rates[0][pair]["win rate"] == rates[1][pair]["win rate"] for pair in rates[0])
+
+
+@law(
+    "minibatches of SFT and reward model hold every row once, no more than they may, rows of like length together, in an "
+    "order of their own; rows move no further than sixteen minibatches",
+    "D19; README: Speed", "of_like_length", "Batch", "Rankings",
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=80), limit=st.integers(1, 3), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_minibatches_are_of_like_length(lengths, limit, seed):
+    batch = impl.Batch([[1]] * len(lengths), [[2] * length for length in lengths])
+    steps = impl.of_like_length(batch, [1] * len(lengths), limit, seed, "sft")
+    assert sorted(row for step in steps for row in step) == [*range(len(lengths))]
+    window = 16 * limit
+    for start in range(0, len(lengths), window):
+        rows = range(start, min(start + window, len(lengths)))
+        mine = [step for step in steps if step[0] in rows]
+        assert all(row in rows for step in mine for row in step) and max(map(len, mine)) <= limit
+        assert len(mine) == math.ceil(len(rows) / limit), "full but for one"
+        spans = sorted((min(lengths[row] for row in step), max(lengths[row] for row in step)) for step in mine)
+        assert all(longest <= shortest for (_, longest), (shortest, _) in itertools.pairwise(spans))
+    rankings = impl.Rankings([impl.Ranking([1], [[2] * x, [3]], [(0, 1)] * (1 + x % 4)) for x in lengths])
+    pairs = [len(ranking.pairs) for ranking in rankings.rankings]
+    steps = impl.of_like_length(rankings, pairs, limit, seed, "reward")
+    assert sorted(row for step in steps for row in step) == [*range(len(lengths))]
+    assert all(len(step) == 1 or sum(pairs[row] for row in step) <= limit for step in steps)
+    increasing = impl.Batch([[1]] * 64, [[2] * (1 + i) for i in range(64)])
+    orders = [
+        impl.of_like_length(increasing, [1] * 64, 4, *address) for address in ((1, "sft"), (1, "sft"), (2, "sft"))
+    ]
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2]) != orders[0]
 
 
 @law(
@@ -7396,7 +7431,9 @@ MUTANTS = [
     Mutant("the KL's error is its deviation", "test_rollout_statistics_are_what_their_names_say", "((kl.var(correction=0) + 1) / len(kl)).sqrt()", "(kl.var(correction=0) + 1).sqrt()"),
     Mutant("the KL that stops is the step's", "test_bad_signs_are_said_once", '(kl := statistics["objective/kl"])', '(kl := statistics["policy/approxkl"])'),
     Mutant("a shown sample without EOS has the reward model's score", "test_shown_samples_belong_to_their_models", "score = penalize_missing_eos(score, has_eos, config.ppo.missing_eos_score).item()", "score = score.item()"),
-    Mutant("SFT's epochs are whole ones", "test_what_is_asked_for_in_pretraining_and_sft", "max(1, round(config.epochs * len(batch))))\n    steps", "round(config.epochs) * len(batch))\n    steps"),
+    Mutant("minibatches of like length go from short to long", "test_minibatches_are_of_like_length", '.permutation(len(packs))]\n    return steps', ".permutation(len(packs)) * 0 + range(len(packs))]\n    return steps"),
+    Mutant("minibatches hold rows of any length", "test_minibatches_are_of_like_length", "rows = sorted(window, key=lengths.__getitem__)", "rows = window"),
+    Mutant("SFT's epochs are whole ones", "test_what_is_asked_for_in_pretraining_and_sft", "max(1, round(config.epochs * len(batch))))]\n    steps", "round(config.epochs) * len(batch))]\n    steps"),
     Mutant("the held-out loss is a mean over padding", "test_held_out_figures_are_the_saved_models", "return -batch_logprobs(model, batch, 1.0, engine).sum().item() / batch.response_tokens", "return -batch_logprobs(model, batch, 1.0, engine).mean().item()"),
     Mutant("a part of a batch is an update", "test_contradictions_are_refused_with_both_numbers", "return self.total_episodes // self.batch_size", "return -(-self.total_episodes // self.batch_size)"),
     Mutant("stages may have nothing to do", "test_contradictions_are_refused_with_both_numbers", "refuse(not to_do, f", "refuse(False, f"),
@@ -7413,7 +7450,7 @@ MUTANTS = [
     Mutant("Ctrl-C after the steps waits", "test_checkpoints_come_when_they_should", "            finally:\n                self.in_steps = False", "            finally:\n                pass"),
     Mutant("files get their names before they are written", "test_files_are_on_the_disk_before_they_get_their_names", '    to_disk(part, *part.rglob("*"))\n', ""),
     Mutant("names may be lost", "test_files_are_on_the_disk_before_they_get_their_names", "    to_disk(target.parent)\n", ""),
-    Mutant("a resumed run's warnings forget the updates before", "test_divergence_within_an_update_spares_the_checkpoint", 'load_models(run), ppo_updates(run.folder)', "load_models(run), []"),
+    Mutant("a resumed run's warnings forget the updates before", "test_divergence_within_an_update_spares_the_checkpoint", 'run.codec("sft"), ppo_updates(run.folder)', 'run.codec("sft"), []'),
     Mutant("TensorBoard counts every update as the first", "test_tracking_writes_the_metrics", "add_scalar(tag, value, self.step)", "add_scalar(tag, value, 0)"),
     # whole runs
     Mutant("what is measured after the steps stands at the last", "test_a_run_logs_finite_numbers_and_ratio_one", "        self.step = total\n", ""),
