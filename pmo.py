@@ -301,17 +301,15 @@ def ppo(run: Run) -> None:
         rollout = replace(credit(rollout, rewards, config), room=T, shown=shown)
         # 6. K epochs of minibatches, each in a new order, and 7. an optimizer step for each minibatch.
         natural = natural_step(models.policy, rollout, config, engine)
-        steps = [
-            optimizer_step(engine, optimizer, rollout[rows], *ppo_losses(models, config)) for rows in chain(*epochs)
-        ]
+        losses = ppo_losses(models, config)
+        steps = [optimizer_step(engine, optimizer, rollout[rows], *losses) for rows in chain(*epochs)]
         optimizer.zero_grad()  # the gradients' memory is for what the next update samples
         moved = update_kl(models.policy, rollout, config.temperature, engine)
         statistics = natural | update_statistics(rollout, steps, moved, config)
         history.append(statistics | label_statistics(labeler, asked, batch, codec))
         run.log(history[-1])
         run.warn(bad_signs(history))
-        if update % config.sample_every == 0:
-            show_sample(run, update, valid, codec, models)
+        show_sample(run, update, valid, codec, models)
         if (kl := statistics["objective/kl"]) > (config.max_kl or math.inf):
             run.say(f"stopped: KL {kl:.2f} exceeds --ppo.max-kl {config.max_kl}")
             break
@@ -1856,6 +1854,8 @@ def bad_signs(history: list[dict[str, float]]) -> Iterator[str]:
 
 def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: Models) -> None:
     """One validation post: the author's line, SFT's and the policy's next-to-greedy summaries, with their scores."""
+    if update % run.config.ppo.sample_every != 0:
+        return
     post, engine, config = posts[update % len(posts)], run.engine, run.config
     queries, uniforms = codec.queries([post]), noise(config.seed, "show", [update], config.data.response_tokens)
     written = {"author": author_responses(codec, [post], models.policy)} if post.summary.strip() else {}

@@ -4450,7 +4450,7 @@ def test_the_choice_is_the_chosen_text():
 def test_shown_samples_belong_to_their_models():
     folder, posts = finished_run(), toy_posts(12)
     for T in (16, 3):
-        config = stage_config(f"shown {T}", "ppo")
+        config = stage_config(f"shown {T}", "ppo", ppo=impl.PPO(sample_every=3))
         run = impl.Run(replace(config, data=replace(config.data, response_tokens=T)))
         models, codec = models_of(run), run.codec("sft")
         models = models._replace(policy=impl.load_policy(folder / "ppo"))
