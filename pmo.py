@@ -2219,10 +2219,10 @@ class SFT:
 class Compare:
     """Preferences where there are no humans: the labeler compares samples of the SFT model."""
 
-    posts: int = 6000  # Training posts to sample for, at most.
+    posts: int = 10_000  # Training posts to sample for, at most.
     # K, samples per post at the PPO temperature; the labeler ranks them, every pair is a comparison [8, section 3.5],
     # and the first sample is compared with one for another post.
-    samples: int = 2
+    samples: int = 4
     tie: float = 0.05  # The labeler's scores that differ by no more than this are a tie: their order would be noise.
     # Whose samples: with ppo another round begins [5, section 3.1; 8]: the policy of --from-run is sampled, and its
     # comparisons are kept beside the new ones.
@@ -2237,7 +2237,7 @@ class Reward:
     # First learn to prefer a post's own summary to another post's, on at most this many posts (preference model
     # pretraining, Askell et al. 2021, arXiv 2112.00861). Paper: 0.
     pretraining_pairs: int = 6000
-    batch_size: int = 16  # Pairs per step, all pairs of a post in one step. Paper: 64.
+    batch_size: int = 56  # Pairs per step, all pairs of a post in one step. Paper: 64.
     lr: float = 7e-4  # Learning rate, cosine to 0 after the same warm-up as in pretraining. Paper: 3e-6, no warm-up.
 
 
@@ -2247,7 +2247,7 @@ class PPO:
 
     total_episodes: int = 6144  # Responses sampled in all. Paper: 1,000,000.
     batch_size: int = 256  # Responses sampled per update. Paper: 512.
-    responses_per_query: int = 4  # G, responses to each query of a batch; they share it. Paper: 1.
+    responses_per_query: int = 8  # G, responses to each query of a batch; they share it. Paper: 1.
     num_minibatches: int = 4  # Optimizer steps per epoch over a batch. Paper: 1.
     num_ppo_epochs: int = 2  # Epochs over each batch, K in [1], a fresh permutation each [D19]. Paper: 4.
     lr: float = 4e-4  # Learning rate of the policy, linear to 0. Paper: 3e-6.
