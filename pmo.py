@@ -20,15 +20,15 @@ PPO in a dozen lines (`ppo`, at the head of section 2, is these lines with names
                 loss = -min(ratio * A, clip(ratio, 0.8, 1.2) * A) + vf_coef * clipped squared value error
                 step                                                                                   # 7.
 
-The file is to be read from its top. Sections 1 to 5, up to "here the method ends", are the method; then comes the
-program around it:
+The file is to be read from its top. Sections 1 to 4 and the first half of 5, up to "here the method ends", are the
+method; then comes the program around it:
 
     1 maths   2 PPO   3 SFT and reward model   4 models   5 data (batches, randomness, tokens; then files)
-    6 evaluation   7 the default run (corpus, tokenizer, labeler)   8 config (every flag)   9 runtime   10 main
+    6 evaluation   7 the default run (corpus, small model, labeler, comparisons)   8 config   9 runtime   10 main
 
 To change what is credited (another baseline): `credit`; how far a step may go: `policy_loss`, called in
-`policy_losses`; where the KL is paid: `shape_rewards` and `policy_losses`; what is scored: `outcome_scores`; which
-models there are: `load_models`; flags: section 8.
+`policy_losses`, and `natural_step`; where the KL is paid: `shape_rewards` and `policy_losses`; what is scored:
+`outcome_scores`; which models there are: `load_models`; flags: section 8.
 
 Departures from the code of [4], each because of a fault or for a reason given at the place:
   1. the score is paid to the EOS action, not one slot after it;
