@@ -760,7 +760,9 @@ def reward(run: Run) -> None:
     steps = of_like_length(rankings, pairs, config.batch_size, seed, "reward")
     optimizer = adamw(run.config.optimizer, (model, config.lr))
     losses = partial(reward_losses, model)
-    for step in run.steps("reward", len(steps), optimizer, model=model):
+    lengths = [length for _, _, length in rankings.parts(1)]
+    tokens = [sum(lengths[i] for i in rows) for rows in steps]
+    for step in run.steps("reward", len(steps), optimizer, tokens, model=model):
         set_lr(optimizer, warmup(step, len(steps)) * cosine(step / len(steps)))
         run.log(optimizer_step(engine, optimizer, rankings[steps[step]], losses))
     model.center(scores_of(model, summaries, engine).mean().item())
@@ -2757,8 +2759,11 @@ class Run:
         self.save_progress({"finished": [*self.progress["finished"], self.stage], "stage": "", "step": 0})
         self.say(f"{self.stage}: {self.seconds[self.stage]:.0f} s")
 
-    def steps(self, stage: str, total: int, optimizer: torch.optim.Optimizer, **models: nn.Module) -> Iterator[int]:
-        """Step numbers. The loop can be interrupted, and go on later: steps change optimizer and models alone."""
+    def steps(
+        self, stage: str, total: int, optimizer: torch.optim.Optimizer, work: Sequence[int] = (), **models: nn.Module
+    ) -> Iterator[int]:
+        """Step numbers. The loop can be interrupted, and go on later: steps change optimizer and models alone. What
+        `work` each is, if not all the same, tells how long it will take."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
         models, first = nn.ModuleDict(models), 0
@@ -2783,7 +2788,8 @@ class Run:
                     if self.step == first:
                         began = time.monotonic()
                     elif self.step + 1 == first + early:  # the next few tell how long all will take: the first warms up
-                        seconds = (time.monotonic() - began) / (early - 1) * (total - first)
+                        work, seconds = work or [1] * total, time.monotonic() - began
+                        seconds *= sum(work[first:]) / sum(work[first + 1 : first + early])
                         self.say(f"{total - first:,} steps, about {seconds:.0f} s")
                     due = time.monotonic() - self.saved >= 60 * self.config.compute.checkpoint_minutes
                     due, interrupted = self.engine.once(lambda due=due: (due, self.interrupted))

@@ -5090,6 +5090,22 @@ def test_a_checkpoint_restores_what_steps_change():
 
 
 @law(
+    "after a twentieth of the steps a stage says how long it will take, by the work in each; the first is not counted, as "
+    "it warms up",
+    "README: Run", *RESUME_NEEDS,
+)  # fmt: skip
+def test_the_time_a_stage_takes_is_foretold():
+    for work, seconds in (([9] * 20 + [1] * 80, 260), ((), 900)):
+        run, now, said = impl.Run(tiny_config(f"foretold {seconds}")), [0.0], []
+        run.say = said.append
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(impl.time, "monotonic", lambda now=now: now[0])
+            for step in run.steps("reward", 100, toy_parts()["optimizer"], work):
+                now[0] += 1000 if step == 0 else 9
+        assert said == [f"100 steps, about {seconds} s"]
+
+
+@law(
     "checkpoints are made after the minutes asked for; Ctrl-C finishes the step and saves, a second one, or one outside of "
     "steps, ends at once",
     "README: Resume", *RESUME_NEEDS,
@@ -7434,6 +7450,8 @@ MUTANTS = [
     Mutant("a shown sample without EOS has the reward model's score", "test_shown_samples_belong_to_their_models", "score = penalize_missing_eos(score, has_eos, config.ppo.missing_eos_score).item()", "score = score.item()"),
     Mutant("minibatches of like length go from short to long", "test_minibatches_are_of_like_length", '.permutation(len(packs))]\n    return steps', ".permutation(len(packs)) * 0 + range(len(packs))]\n    return steps"),
     Mutant("minibatches hold rows of any length", "test_minibatches_are_of_like_length", "rows = sorted(window, key=lengths.__getitem__)", "rows = window"),
+    Mutant("the time foretold forgets how much work a step is", "test_the_time_a_stage_takes_is_foretold", "work or [1] * total", "[1] * total"),
+    Mutant("the time foretold counts the warm-up", "test_the_time_a_stage_takes_is_foretold", "                    if self.step == first:\n                        began = time.monotonic()\n", "                    if self.step == first:\n                        began = self.entered\n"),
     Mutant("SFT's epochs are whole ones", "test_what_is_asked_for_in_pretraining_and_sft", "max(1, round(config.epochs * len(batch))))]\n    steps", "round(config.epochs) * len(batch))]\n    steps"),
     Mutant("the held-out loss is a mean over padding", "test_held_out_figures_are_the_saved_models", "return -batch_logprobs(model, batch, 1.0, engine).sum().item() / batch.response_tokens", "return -batch_logprobs(model, batch, 1.0, engine).mean().item()"),
     Mutant("a part of a batch is an update", "test_contradictions_are_refused_with_both_numbers", "return self.total_episodes // self.batch_size", "return -(-self.total_episodes // self.batch_size)"),
