@@ -3129,7 +3129,7 @@ def test_held_out_figures_are_the_saved_models():
         p._replace(summary=p.summary.replace(" a lot", "")) if i % 3 else p for i, p in enumerate(toy_posts(72)[60:])
     ]
     impl.write_records([post.fields() for post in valid], workshop() / "uneven.jsonl")
-    config = stage_config("figures", "sft", "reward", sft=impl.SFT(epochs=2.0))
+    config = stage_config("figures", "sft", "reward")
     config = replace(config, data=replace(config.data, valid=workshop() / "uneven.jsonl"))
     folder = impl.start(config)
     run = impl.Run(replace(config, folder=folder.with_name("figures again"), from_run=(folder, *config.from_run)))
@@ -3141,6 +3141,7 @@ def test_held_out_figures_are_the_saved_models():
     for batch, name in ((valid, "valid/loss"), (exchanged, "valid/loss_other_post")):
         (logprobs,) = impl.map_rows(batch, engine(), lambda x: [impl.response_logprobs(policy, x, 1.0)])
         assert logged[name] == pytest.approx(-logprobs.sum().item() / sum(map(len, batch.responses)), rel=1e-4)
+    assert abs(logged["valid/loss"] - logged["valid/loss_other_post"]) > 1e-3, "the example needs a model that looks"
     rankings, kinds = impl.read_rankings(run, "valid", codec)
     rights = impl.wins_of(*scores_of_pairs(impl.ScalarModel.load(folder / "reward"), impl.Rankings(rankings)))
     assert logged["valid/accuracy all"] == pytest.approx(rights.mean().item())
