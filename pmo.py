@@ -37,7 +37,7 @@ Departures from the code of [4], each because of a fault or for a reason given a
   4. rows are padded on the right for scoring and training, so positions are right on every architecture;
   5. old log-probabilities come from the update's own forward passes, so the first ratio is 1;
   6. SFT can train on the response alone (a flag weighs the prompt), AdamW decays no weights, every statistic is masked;
-  7. reward whitening only scales; advantage whitening runs over the whole batch;
+  7. reward whitening only scales; advantages are whitened over the batch; SFT's minibatches hold rows of like length;
   8. `objective/entropy` is the policy's entropy, not the negative log-probability of what it happened to sample.
 
 Shapes: B rollouts, Q query tokens, T response tokens, V vocabulary, D width, W = Q + T; () is a scalar. Tags [D1] to
