@@ -714,7 +714,7 @@ def train_language_model(
     config: Pretrain | SFT = getattr(run.config, stage)
     run.say(f"{model.config.model_type}, {model.num_parameters() / 1e6:.2f}M parameters; {len(batch):,} examples")
     batch = batch[shuffled(run.config.seed, stage, len(batch), 0, max(1, round(config.epochs * len(batch))))]
-    steps = of_like_length(batch, [1] * len(batch), config.batch_size, run.config.seed, stage)
+    steps = of_like_length(batch.lengths(), [1] * len(batch), config.batch_size, run.config.seed, stage)
     optimizer = adamw(run.config.optimizer, (model, config.lr))
     losses = partial(language_model_losses, model, prompt_weight)
     for step in run.steps(stage, len(steps), optimizer, model=model):
@@ -756,11 +756,10 @@ def reward(run: Run) -> None:
     own = summaries[shuffled(seed, "pretraining", len(summaries), 0, min(len(summaries), config.pretraining_pairs))]
     order = shuffled(seed, "reward", len(rankings), 0, max(1, round(config.epochs * len(rankings))))
     rankings = Rankings(own.against_others() + [rankings[i] for i in order], share)
-    pairs = [len(ranking.pairs) for ranking in rankings.rankings]
-    steps = of_like_length(rankings, pairs, config.batch_size, seed, "reward")
+    lengths, pairs = rankings.lengths(), [len(ranking.pairs) for ranking in rankings.rankings]
+    steps = of_like_length(lengths, pairs, config.batch_size, seed, "reward")
     optimizer = adamw(run.config.optimizer, (model, config.lr))
     losses = partial(reward_losses, model)
-    lengths = [length for _, _, length in rankings.parts(1)]
     tokens = [sum(lengths[i] for i in rows) for rows in steps]
     for step in run.steps("reward", len(steps), optimizer, tokens, model=model):
         set_lr(optimizer, warmup(step, len(steps)) * cosine(step / len(steps)))
@@ -828,7 +827,9 @@ def wins_of(a: Tensor | np.ndarray, b: Tensor | np.ndarray) -> Tensor | np.ndarr
 def adamw(config: Optimizer, *learners: tuple[nn.Module | None, float]) -> torch.optim.AdamW:
     """AdamW, eps 1e-5, no weight decay [D21; 4], of the modules there are, each with a learning rate of its own."""
     groups = []
-    for module, lr in ((module, lr) for module, lr in learners if module is not None):
+    for module, lr in learners:
+        if module is None:  # values that are not learned
+            continue
         parameters = [p for p in module.parameters() if p.requires_grad]
         groups.append({"params": parameters, "lr": lr, "initial_lr": lr, "max_grad_norm": config.max_grad_norm})
     return torch.optim.AdamW(groups, betas=(0.9, config.beta2), eps=1e-5, weight_decay=0.0, fused=True)
@@ -1179,6 +1180,10 @@ class Batch:
     def response_tokens(self) -> int:
         return sum(map(len, self.responses))
 
+    def lengths(self) -> list[int]:
+        """Tokens of each query with its response."""
+        return [len(query) + len(response) for query, response in zip(self.queries, self.responses)]
+
     def groups(self) -> list[list[int]]:
         """Neighbours that share a query."""
         key = self.queries.__getitem__ if self.share else None
@@ -1225,10 +1230,13 @@ class Rankings:
     def __getitem__(self, rows: Sequence[int]) -> Rankings:
         return Rankings([self.rankings[i] for i in rows], self.share)
 
+    def lengths(self) -> list[int]:
+        """Tokens of each query with its responses."""
+        return [len(r.query) + sum(map(len, r.responses)) for r in self.rankings]
+
     def parts(self, size: int) -> list[tuple[list[int], int, int]]:
         """As of a Batch, but what was compared stays together."""
-        lengths = [len(r.query) + sum(map(len, r.responses)) for r in self.rankings]
-        return [([i], len(r.responses), lengths[i]) for i, r in enumerate(self.rankings)]
+        return [([i], len(r.responses), length) for i, (r, length) in enumerate(zip(self.rankings, self.lengths()))]
 
     def batch(self) -> Batch:
         rows = [(r.query, response) for r in self.rankings for response in r.responses]
@@ -1318,11 +1326,11 @@ def packed(sizes: Sequence[int], limit: int) -> list[list[int]]:
     return packs
 
 
-def of_like_length(batch: Batch | Rankings, sizes: Sequence[int], limit: int, seed: int, stage: str) -> list[list[int]]:
+def of_like_length(lengths: Sequence[int], sizes: Sequence[int], limit: int, seed: int, stage: str) -> list[list[int]]:
     """All rows, each once, as minibatches of up to `limit`, counted by `sizes`, with little padding: of sixteen that
     stand together rows of like length come into one, and the sixteen in a new order."""
-    lengths, steps = [length for _, _, length in batch.parts(1)], []
-    for i, window in enumerate(chunks(range(len(batch)), 16 * limit)):
+    steps = []
+    for i, window in enumerate(chunks(range(len(lengths)), 16 * limit)):
         rows = sorted(window, key=lengths.__getitem__)
         packs = packed([sizes[row] for row in rows], limit)
         steps += [[rows[j] for j in packs[k]] for k in rng(seed, f"{stage} minibatches", i).permutation(len(packs))]

@@ -5280,7 +5280,8 @@ def test_many_processes_ask_a_rule_once():
 )  # fmt: skip
 def test_minibatches_are_of_like_length(lengths, limit, seed):
     batch = impl.Batch([[1]] * len(lengths), [[2] * length for length in lengths])
-    steps = impl.of_like_length(batch, [1] * len(lengths), limit, seed, "sft")
+    assert batch.lengths() == [1 + length for length in lengths]
+    steps = impl.of_like_length(batch.lengths(), [1] * len(lengths), limit, seed, "sft")
     assert sorted(row for step in steps for row in step) == [*range(len(lengths))]
     window = 16 * limit
     for start in range(0, len(lengths), window):
@@ -5292,13 +5293,11 @@ def test_minibatches_are_of_like_length(lengths, limit, seed):
         assert all(longest <= shortest for (_, longest), (shortest, _) in itertools.pairwise(spans))
     rankings = impl.Rankings([impl.Ranking([1], [[2] * x, [3]], [(0, 1)] * (1 + x % 4)) for x in lengths])
     pairs = [len(ranking.pairs) for ranking in rankings.rankings]
-    steps = impl.of_like_length(rankings, pairs, limit, seed, "reward")
+    assert rankings.lengths() == [2 + length for length in lengths]
+    steps = impl.of_like_length(rankings.lengths(), pairs, limit, seed, "reward")
     assert sorted(row for step in steps for row in step) == [*range(len(lengths))]
     assert all(len(step) == 1 or sum(pairs[row] for row in step) <= limit for step in steps)
-    increasing = impl.Batch([[1]] * 64, [[2] * (1 + i) for i in range(64)])
-    orders = [
-        impl.of_like_length(increasing, [1] * 64, 4, *address) for address in ((1, "sft"), (1, "sft"), (2, "sft"))
-    ]
+    orders = [impl.of_like_length(range(64), [1] * 64, 4, *to) for to in ((1, "sft"), (1, "sft"), (2, "sft"))]
     assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2]) != orders[0]
 
 
