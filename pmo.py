@@ -92,7 +92,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 # transformers and tokenizers are imported where they are used: `--help`, and copying the maths, need neither.
 
@@ -1032,38 +1032,59 @@ def sample_block(
     explicit mask and positions [D5]. Each distinct query is read once; its keys and values serve all its responses."""
     device, groups = policy.device, batch.groups()
     queries = [batch.queries[group[0]] for group in groups]
-    Q, row = max(map(len, queries)), torch.arange(len(queries), device=device)[:, None]
+    Q, T = max(map(len, queries)), uniforms.shape[1]
     tokens = torch.tensor([[0] * (Q - len(q)) + q for q in queries], device=device)
     attention = torch.tensor([[0] * (Q - len(q)) + [1] * len(q) for q in queries], device=device)
     position_ids = positions(attention)
-    uniforms, written, cache = uniforms.to(device), [], None
-    ended = torch.zeros(len(batch), 1, dtype=torch.bool, device=device)
+    uniforms, responses, cache = uniforms.to(device), torch.full(uniforms.shape, eos_id, device=device), None
+    writer = torch.arange(len(batch), device=device)  # which response each row writes
+    ended = torch.zeros(len(batch), dtype=torch.bool, device=device)
     takes = inspect.signature(policy.forward).parameters
     cache_name = next((name for name in ("cache", "cache_params") if name in takes), "past_key_values")
-    while len(written) < uniforms.shape[1] and not ended.all():
-        newest = torch.full_like(row, tokens.shape[1] - 1)
-        with head_at(policy, row, newest), roomy_cache(uniforms.shape[1]):
+    for t in range(T):
+        row = torch.arange(len(tokens), device=device)[:, None]
+        with head_at(policy, row, torch.full_like(row, tokens.shape[1] - 1)), roomy_cache(T):
             inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": position_ids}
             output = policy(**inputs, **{cache_name: cache}, use_cache=True)
         cache, logits = output[cache_name], output.logits[:, -1]
-        if len(groups) < len(batch) and not written:  # from a row for each query to a row for each response
+        if len(logits) < len(writer):  # from a row for each query to a row for each response
             of = torch.tensor([r for r, group in enumerate(groups) for _ in group], device=device)
-            cache.batch_select_indices(of)
+            keep_rows(cache, of)
             logits, attention, position_ids = logits[of], attention[of], position_ids[of]
-            row = torch.arange(len(batch), device=device)[:, None]
         cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)
         total = cumulative[:, -1:]
-        threshold = torch.minimum(uniforms[:, len(written), None] * total, total.nextafter(torch.zeros_like(total)))
+        threshold = torch.minimum(uniforms[writer, t, None] * total, total.nextafter(torch.zeros_like(total)))
         # Below the total, and with right=True above what it passes: a token of probability 0 is never chosen. Where
         # weights became NaN it would be V, no token: `read_tokens` then says so, which a crash here would prevent.
         tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=cumulative.shape[1] - 1)
-        written.append(tokens)
-        ended |= tokens == eos_id
+        responses[writer, t] = tokens[:, 0]
         position_ids = position_ids[:, -1:] + 1
         attention = torch.cat([attention, torch.ones_like(tokens)], dim=1)
-    responses = torch.cat(written, dim=1)
+        ended |= tokens[:, 0] == eos_id
+        still = (~ended).nonzero()[:, 0]
+        if len(still) == 0:
+            break
+        if len(still) <= 0.75 * len(ended) and droppable(cache):  # the rest need not write on behind their EOS
+            keep_rows(cache, still)
+            writer, ended, tokens, attention, position_ids = (
+                x[still] for x in (writer, ended, tokens, attention, position_ids)
+            )
     last = score_index(responses, eos_id).tolist()
     return [response[: i + 1] for response, i in zip(responses.tolist(), last)]
+
+
+def droppable(cache: object) -> bool:
+    """Whether all that a cache knows of a row is keys and values: a state that is none would keep the other rows'."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return {type(layer) for layer in getattr(cache, "layers", [None])} <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def keep_rows(cache: Cache, rows: Tensor) -> None:
+    """Only these go on. A layer's old room is given back before the next layer is copied."""
+    for layer in cache.layers:
+        layer.batch_select_indices(rows)
+        layer.roomy_keys = layer.roomy_values = (None, None)
 
 
 def positions(mask: Tensor) -> Tensor:  # (B, W), here True on each row's last tokens -> (B, W)
@@ -1429,8 +1450,10 @@ class Codec:
 
     def queries(self, posts: Sequence[Post]) -> list[list[int]]:
         """Queries, cut at a paragraph where they exceed `query_tokens` [D2]; [] where a title or prompt alone does."""
-        limit, queries = self.data.query_tokens, self.uncut(posts)
-        return [q if 0 < len(q) <= limit else self.cut_query(post) for post, q in zip(posts, queries)]
+        repeats = [(post, len(list(same))) for post, same in groupby(posts)]  # comparisons of one post are neighbours
+        limit, posts = self.data.query_tokens, [post for post, _ in repeats]
+        queries = [q if 0 < len(q) <= limit else self.cut_query(post) for post, q in zip(posts, self.uncut(posts))]
+        return [query for query, (_, times) in zip(queries, repeats) for _ in range(times)]
 
     def cut_query(self, post: Post) -> list[int]:
         def tokens(text: str) -> list[int]:
@@ -2284,7 +2307,9 @@ class PPO:
     # What was to be expected, subtracted from the reward-to-go [3, section 2]. Learned: by a value model that starts as
     # the reward model [D10], or a head on the policy's trunk. Not learned: the mean return of the other responses to
     # the query (RLOO [9]; GRPO without its division by the deviation) or of the batch; nothing. Paper: value-model.
-    baseline: Literal["value-model", "value-head", "group", "batch", "none"] = "value-model"
+    # Most of a score's spread is between queries, of which comparisons say nothing; with 24 updates to learn it in, a
+    # value model stays behind the mean of seven other responses.
+    baseline: Literal["group", "batch", "none", "value-model", "value-head"] = "group"
     whiten_rewards: bool = False  # Scale the rewards to variance 1, mean unshifted [D16]. Paper: no.
     whiten_advantages: bool = True  # Advantages to mean 0, variance 1 over the batch [D16]. Paper: yes.
     missing_eos_score: float = -3.0  # Score of a response that does not end, in place of the model's [D12]. Paper: -1.
@@ -2417,7 +2442,8 @@ class Config:
         refuse(size % G != 0, f"{minibatch}, not a multiple of --ppo.responses-per-query {G}")
         few = f"--ppo.total-episodes {ppo.total_episodes} is less than one batch, {batch}"
         refuse(ppo.total_episodes < ppo.batch_size, few)
-        refuse(ppo.baseline == "group" and G == 1, "--ppo.baseline group needs --ppo.responses-per-query 2 or more")
+        one = f"--ppo.baseline group needs others: --ppo.responses-per-query is {G}; give 2 or more, or a value-model"
+        refuse(ppo.baseline == "group" and G == 1, one)
         refuse(ppo.baseline == "batch" and ppo.batch_size == 1, "--ppo.baseline batch needs --ppo.batch-size 2 or more")
         plain = ppo.baseline == "value-model" and ppo.kl_in == "reward" and not ppo.ptx_coef and not self.compute.shard
         needs = "--ppo.baseline value-model, --ppo.kl-in reward, no --ppo.ptx-coef and no --compute.shard"
