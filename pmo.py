@@ -20,6 +20,9 @@ PPO in a dozen lines (`ppo`, at the head of section 2, is these lines with names
                 loss = -min(ratio * A, clip(ratio, 0.8, 1.2) * A) + vf_coef * clipped squared value error
                 step                                                                                   # 7.
 
+That is [4]'s, and `run_tldr.sh` runs it. The default run samples eight responses to a query, and the mean return of the
+other seven takes the place of the values (`--ppo.baseline group`): on its few updates that is the better baseline.
+
 The file is to be read from its top. Sections 1 to 4 and the first half of 5, up to "here the method ends", are the
 method; then comes the program around it:
 
@@ -2442,8 +2445,8 @@ class Config:
         refuse(size % G != 0, f"{minibatch}, not a multiple of --ppo.responses-per-query {G}")
         few = f"--ppo.total-episodes {ppo.total_episodes} is less than one batch, {batch}"
         refuse(ppo.total_episodes < ppo.batch_size, few)
-        one = f"--ppo.baseline group needs others: --ppo.responses-per-query is {G}; give 2 or more, or a value-model"
-        refuse(ppo.baseline == "group" and G == 1, one)
+        alone = "--ppo.baseline group is the mean of a query's other responses, but --ppo.responses-per-query is 1"
+        refuse(ppo.baseline == "group" and G == 1, f"{alone}: give 2 or more, or --ppo.baseline value-model")
         refuse(ppo.baseline == "batch" and ppo.batch_size == 1, "--ppo.baseline batch needs --ppo.batch-size 2 or more")
         plain = ppo.baseline == "value-model" and ppo.kl_in == "reward" and not ppo.ptx_coef and not self.compute.shard
         needs = "--ppo.baseline value-model, --ppo.kl-in reward, no --ppo.ptx-coef and no --compute.shard"

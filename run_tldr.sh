@@ -76,7 +76,7 @@ exec $LAUNCH "$here/pmo.py" \
   --sft.epochs 1 --sft.batch-size 128 --sft.lr 3e-6 --sft.prompt-weight 0 \
   --reward.pretraining-pairs 0 --reward.epochs 1 --reward.batch-size 64 --reward.lr 3e-6 \
   --ppo.total-episodes 1000000 --ppo.batch-size 512 --ppo.responses-per-query 1 --ppo.num-minibatches 1 --ppo.num-ppo-epochs 4 \
-  --ppo.lr 3e-6 --ppo.value-lr 3e-6 --ppo.kl-coef 0.05 --ppo.temperature 0.7 --ppo.missing-eos-score -1 \
+  --ppo.baseline value-model --ppo.lr 3e-6 --ppo.value-lr 3e-6 --ppo.kl-coef 0.05 --ppo.temperature 0.7 --ppo.missing-eos-score -1 \
   --ppo.gamma 1 --ppo.lam 0.95 --ppo.cliprange 0.2 --ppo.cliprange-value 0.2 --ppo.vf-coef 0.1 \
   --evaluate.temperature 0.01 --optimizer.max-grad-norm 0 --optimizer.beta2 0.999 --compute.micro-batch-size "$MICRO" \
   --compute.sample-batch-size "$SAMPLE" \
