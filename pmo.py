@@ -320,7 +320,7 @@ def ppo(run: Run) -> None:
 
 
 class Models(NamedTuple):
-    """The four models of PPO; two learn, two are frozen. A rule may stand in for the reward model."""
+    """Policy and value model learn, the others are frozen. A rule may stand in for the reward model."""
 
     policy: PreTrainedModel
     value_model: ScalarModel | ValueHead | None  # None: the baseline is not learned
@@ -3250,6 +3250,7 @@ def start(config: Config) -> Path:
             signal.signal(number, handler)
     run.finish()
     if dist.is_initialized():
+        dist.barrier()  # one that closes while another still speaks to it can take that one down
         dist.destroy_process_group()
     return run.folder
 
