@@ -6242,6 +6242,7 @@ def test_rows_that_have_ended_are_dropped():
             assert set(rows) == {20}, family
         else:
             assert all(r == s or r > s > 0.75 * r for r, s in zip(rows, still)) and rows[-1] < 20, (family, rows, still)
+            assert all(b == a or b <= 0.75 * a for a, b in itertools.pairwise(rows)), "not for every one that ends"
 
 
 @law(
