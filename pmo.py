@@ -2088,6 +2088,7 @@ def compare(run: Run) -> None:
     """Comparisons where the user has none: the labeler judges samples of the SFT model."""
     config, seed, K, T = run.config, run.config.seed, run.config.compare.samples, run.config.data.response_tokens
     writer, tie, codec = config.compare.policy, config.compare.tie, run.codec("sft")
+    temperature = config.compare.temperature or config.ppo.temperature
     policy = run.engine.place(lambda: load_policy(run.path(writer)))
     check_room(policy, config.data)
     labeler = Labeler(read_posts(run, "train"))
@@ -2098,7 +2099,7 @@ def compare(run: Run) -> None:
         posts, queries = [posts[i] for i in picked], [queries[i] for i in picked]
         uniforms = [noise(seed, f"compare {split} {k}", range(len(posts)), T) for k in range(K)]
         uniforms, prompts = torch.stack(uniforms, dim=1).flatten(0, 1), [query for query in queries for _ in range(K)]
-        responses = sample(policy, prompts, uniforms, config.ppo.temperature, codec.eos_id, run.engine, share)
+        responses = sample(policy, prompts, uniforms, temperature, codec.eos_id, run.engine, share)
         drafts = chunks([codec.text(text, whole=bool(posts[i // K].prompt)) for i, text in enumerate(responses)], K)
         records = []
         for i, post in enumerate(posts):
@@ -2256,9 +2257,10 @@ class Compare:
     """Preferences where there are no humans: the labeler compares samples of the SFT model."""
 
     posts: int = 10_000  # Training posts to sample for, at most.
-    # K, samples per post at the PPO temperature; the labeler ranks them, every pair is a comparison [8, section 3.5],
-    # and the first sample is compared with one for another post.
+    # K, samples per post; the labeler ranks them, every pair is a comparison [8, section 3.5], and the first sample is
+    # compared with one for another post.
     samples: int = 4
+    temperature: float | None = None  # Of these samples. Default: PPO's.
     tie: float = 0.05  # The labeler's scores that differ by no more than this are a tie: their order would be noise.
     # Whose samples: with ppo another round begins [5, section 3.1; 8]: the policy of --from-run is sampled, and its
     # comparisons are kept beside the new ones.

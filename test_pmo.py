@@ -3081,7 +3081,7 @@ def test_the_labelers_score_is_the_formula_it_says():
 
 @law(
     "comparisons are the SFT model's: all pairs of its ranked samples, and the first against one for another post, drawn at the "
-    "PPO temperature for posts picked at random",
+    "PPO temperature, or that asked for, for posts picked at random",
     "README: the labeler; [8] section 3.5", *RUN_NEEDS, "compare", "sample", "Labeler", "Codec",
 )  # fmt: skip
 def test_comparisons_are_all_pairs_at_ppos_temperature():
@@ -3089,6 +3089,8 @@ def test_comparisons_are_all_pairs_at_ppos_temperature():
     config = replace(config, ppo=replace(config.ppo, temperature=1.3))
     drawn = watched(config, "sample")["sample"]
     assert [len(args[1]) for args, _ in drawn] == [120, 36] and {args[3] for args, _ in drawn} == {1.3}
+    colder = replace(config, folder=workshop() / "runs" / "colder", compare=replace(config.compare, temperature=0.5))
+    assert {args[3] for args, _ in watched(colder, "sample")["sample"]} == {0.5}
     sft = weights_of(finished_run() / "sft")
     assert all(drawn[0][0][0].state_dict()[name].equal(weight) for name, weight in sft.items())
     codec, posts = impl.Codec(impl.load_tokenizer(finished_run() / "sft"), config.data), toy_posts(60)
@@ -7393,7 +7395,8 @@ MUTANTS = [
     Mutant("the title counts once", "test_the_labelers_score_is_the_formula_it_says", 'f"{text.title} {text.title} {text.post}"', 'f"{text.title} {text.post}"'),
     Mutant("to repeat a word pays", "test_the_labelers_score_is_the_formula_it_says", "self.weights(list(dict.fromkeys(words)))", "self.weights(words)"),
     Mutant("term frequency is not damped", "test_the_labelers_score_is_the_formula_it_says", "(1 + math.log(count)) * self", "count * self"),
-    Mutant("comparisons are drawn at temperature 1", "test_comparisons_are_all_pairs_at_ppos_temperature", "uniforms, config.ppo.temperature, codec.eos_id, run.engine, share)", "uniforms, 1.0, codec.eos_id, run.engine, share)"),
+    Mutant("comparisons are drawn at temperature 1", "test_comparisons_are_all_pairs_at_ppos_temperature", "uniforms, temperature, codec.eos_id, run.engine, share)\n        drafts", "uniforms, 1.0, codec.eos_id, run.engine, share)\n        drafts"),
+    Mutant("comparisons are always drawn at PPO's temperature", "test_comparisons_are_all_pairs_at_ppos_temperature", "temperature = config.compare.temperature or config.ppo.temperature", "temperature = config.ppo.temperature"),
     Mutant("only the best and the worst are compared", "test_comparisons_are_all_pairs_at_ppos_temperature", "enumerate(combinations(ranked, 2))", "enumerate([(ranked[0], ranked[-1])])"),
     Mutant("any difference is a preference", "test_comparisons_are_the_labelers", "if abs(scores[0] - scores[1]) <= tie or", "if scores[0] == scores[1] or"),
     Mutant("the warm-up asks for summaries", "test_what_is_asked_for_in_pretraining_and_sft", "codec.responses(repeated, posts)", "codec.responses([post.summary for post in posts], posts)"),
