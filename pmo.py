@@ -1041,7 +1041,6 @@ def sample_block(
     position_ids = positions(attention)
     uniforms, responses, cache = uniforms.to(device), torch.full(uniforms.shape, eos_id, device=device), None
     writer = torch.arange(len(batch), device=device)  # which response each row writes
-    ended = torch.zeros(len(batch), dtype=torch.bool, device=device)
     takes = inspect.signature(policy.forward).parameters
     cache_name = next((name for name in ("cache", "cache_params") if name in takes), "past_key_values")
     for t in range(T):
@@ -1063,15 +1062,12 @@ def sample_block(
         responses[writer, t] = tokens[:, 0]
         position_ids = position_ids[:, -1:] + 1
         attention = torch.cat([attention, torch.ones_like(tokens)], dim=1)
-        ended |= tokens[:, 0] == eos_id
-        still = (~ended).nonzero()[:, 0]
+        still = (responses[writer, : t + 1] != eos_id).all(1).nonzero()[:, 0]
         if len(still) == 0:
             break
-        if len(still) <= 0.75 * len(ended) and droppable(cache):  # the rest need not write on behind their EOS
+        if len(still) <= 0.75 * len(writer) and droppable(cache):  # the rest need not write on behind their EOS
             keep_rows(cache, still)
-            writer, ended, tokens, attention, position_ids = (
-                x[still] for x in (writer, ended, tokens, attention, position_ids)
-            )
+            writer, tokens, attention, position_ids = (x[still] for x in (writer, tokens, attention, position_ids))
     last = score_index(responses, eos_id).tolist()
     return [response[: i + 1] for response, i in zip(responses.tolist(), last)]
 
@@ -2450,8 +2446,8 @@ class Config:
         alone = "--ppo.baseline group is the mean of a query's other responses, but --ppo.responses-per-query is 1"
         refuse(ppo.baseline == "group" and G == 1, f"{alone}: give 2 or more, or --ppo.baseline value-model")
         refuse(ppo.baseline == "batch" and ppo.batch_size == 1, "--ppo.baseline batch needs --ppo.batch-size 2 or more")
-        plain = ppo.baseline == "value-model" and ppo.kl_in == "reward" and not ppo.ptx_coef and not self.compute.shard
-        needs = "--ppo.baseline value-model, --ppo.kl-in reward, no --ppo.ptx-coef and no --compute.shard"
+        plain = ppo.baseline != "value-head" and ppo.kl_in == "reward" and not ppo.ptx_coef and not self.compute.shard
+        needs = "another --ppo.baseline than value-head, --ppo.kl-in reward, no --ppo.ptx-coef and no --compute.shard"
         refuse(ppo.objective == "constraint" and not plain, f"--ppo.objective constraint needs {needs}")
         both = ppo.reward_function is not None and self.reward_model is not None
         refuse(both, "--ppo.reward-function stands in for the reward model, but --reward-model is given too")
