@@ -275,10 +275,10 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def ppo(run: Run) -> None:
     """Proximal policy optimisation against the reward model [1; 4]. Steps are numbered as in the docstring above."""
     config, engine, seed, T = run.config.ppo, run.engine, run.config.seed, run.config.data.response_tokens
-    codec, history = run.codec("sft"), ppo_updates(run.folder)  # of before, if resumed
+    codec, history = run.codec("sft"), logged(run.folder)  # of before, if resumed
     (posts, queries), (valid, _) = read_prompts(run, "train", codec), read_prompts(run, "valid", codec)
     models = load_models(run, codec, posts, queries)
-    labeler = Labeler(posts) if run.labeler_chose else None
+    labeler = Labeler(read_posts(run, "train")) if run.labeler_chose else None
     demonstrations = read_examples(run, "train", codec) if config.ptx_coef else None
     share = run.can_share(queries, config.responses_per_query, *models)
     optimizer = adamw(run.config.optimizer, (models.policy, config.lr), (models.value_model, config.value_lr))
@@ -547,31 +547,32 @@ def natural_step(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine:
     parameters = list(policy.parameters())
     start = nn.utils.parameters_to_vector(parameters).detach()
 
-    def mean_of(loss_of: Callable[[Tensor, Rollout], Tensor], theta: Tensor) -> tuple[float, Tensor]:
-        """Mean over tokens of loss_of(logprobs, part) at theta, and its gradient (N,)."""
+    def mean_of(loss_of: Callable[[Tensor, Rollout], Tensor], theta: Tensor, how: str) -> tuple[float, Tensor]:
+        """Mean (of `PPO.average`'s kinds) of loss_of(logprobs, part) at theta, and its gradient (N,)."""
 
         def losses(part: Rollout, whole: Rollout) -> dict[str, Tensor]:
             logprobs = response_logprobs(policy, part.layout, config.temperature).masked_fill(~part.mask, 0)
-            return {"loss": minibatch_share(loss_of(logprobs, part), part.mask, whole.mask)}
+            return {"loss": minibatch_share(loss_of(logprobs, part), part.mask, whole.mask, how, whole.room)}
 
         set_parameters(parameters, theta)
         policy.zero_grad()
         loss = accumulate(engine, rollout, losses)["loss"].item()
-        engine.all_reduce([p.grad for p in parameters])
-        return loss, nn.utils.parameters_to_vector([p.grad for p in parameters])
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]  # some are not for this
+        engine.all_reduce(gradients)
+        return loss, nn.utils.parameters_to_vector(gradients)
 
-    def surrogate(logprobs: Tensor, part: Rollout) -> Tensor:
-        return policy_loss(logprobs, part.logprobs, part.advantages, math.inf)
+    def surrogate(theta: Tensor) -> tuple[float, Tensor]:
+        return mean_of(lambda new, x: policy_loss(new, x.logprobs, x.advantages, math.inf), theta, config.average)
 
     def fisher(v: Tensor) -> Tensor:
         h = 0.01 / v.norm()
-        return mean_of(lambda new, part: kl_estimate(part.logprobs, new, "k3"), start + h * v)[1] / h
+        return mean_of(lambda new, x: kl_estimate(x.logprobs, new, "k3"), start + h * v, "token")[1] / h
 
-    loss, gradient = mean_of(surrogate, start)
+    loss, gradient = surrogate(start)
     x = conjugate_gradients(fisher, -gradient)
     step = (2 * config.target_kl / (x @ fisher(x))).sqrt() * x
     for halvings in range(10):
-        gain = loss - mean_of(surrogate, start + step / 2**halvings)[0]
+        gain = loss - surrogate(start + step / 2**halvings)[0]
         if gain > 0 and update_kl(policy, rollout, config.temperature, engine) <= config.target_kl:
             return {"policy/halvings": halvings, "policy/surrogate_gain": gain}
     set_parameters(parameters, start)
@@ -647,7 +648,8 @@ def label_statistics(labeler: Labeler | None, posts: Sequence[Post], batch: Batc
 
 
 def step_statistics(steps: list[dict[str, float]]) -> dict[str, float]:
-    """Means over the optimizer steps of an update; `first_` is before the first step, where π is still π_old [D14]."""
+    """Means over the optimizer steps of an update; `first_` is before the first step, where π is π_old [D14] but
+    after a natural step."""
     means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
     first = {f"policy/first_{name}": steps[0][f"policy/{name}"] for name in ("approxkl", "abs_log_ratio")}
     return means | first
@@ -1032,7 +1034,7 @@ def sample_block(
     response does not depend on its neighbours [D25].
 
     All rows write their next token in the same column, so here, and only here, queries are padded on the left, with an
-    explicit mask and positions [D5]. Each distinct query is read once; its keys and values serve all its responses."""
+    explicit mask and positions [D5]. A shared query is read once; its keys and values serve all its responses."""
     device, groups = policy.device, batch.groups()
     queries = [batch.queries[group[0]] for group in groups]
     Q, T = max(map(len, queries)), uniforms.shape[1]
@@ -1045,7 +1047,7 @@ def sample_block(
     cache_name = next((name for name in ("cache", "cache_params") if name in takes), "past_key_values")
     for t in range(T):
         row = torch.arange(len(tokens), device=device)[:, None]
-        with head_at(policy, row, torch.full_like(row, tokens.shape[1] - 1)), roomy_cache(T):
+        with head_at(policy, row, torch.full_like(row, tokens.shape[1] - 1)), roomy_cache(T - t):
             inputs = {"input_ids": tokens, "attention_mask": attention, "position_ids": position_ids}
             output = policy(**inputs, **{cache_name: cache}, use_cache=True)
         cache, logits = output[cache_name], output.logits[:, -1]
@@ -1073,10 +1075,11 @@ def sample_block(
 
 
 def droppable(cache: object) -> bool:
-    """Whether all that a cache knows of a row is keys and values: a state that is none would keep the other rows'."""
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    """Whether all that a cache keeps of a row is keys and values. What else it may hold, states of convolutions or of
+    linear attention, is not cut to the rows that go on: then all rows must."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    return {type(layer) for layer in getattr(cache, "layers", [None])} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    return type(cache) is DynamicCache and {*map(type, cache.layers)} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def keep_rows(cache: Cache, rows: Tensor) -> None:
@@ -1098,7 +1101,7 @@ def score_index(responses: Tensor, eos_id: int) -> Tensor:  # (B, T) the sampler
 
 @contextmanager
 def roomy_cache(tokens: int) -> Iterator[None]:
-    """Inside, transformers' usual cache has room for so many tokens more than come first: it would copy all keys and
+    """Inside, transformers' usual cache has room for so many tokens more than the next ones: it would copy all keys and
     values for every token. It holds both in the narrower's precision: rotation makes float32 of bfloat16 keys, and
     attention would round them again every time."""
     from transformers.cache_utils import DynamicLayer
@@ -1112,7 +1115,7 @@ def roomy_cache(tokens: int) -> Iterator[None]:
         now = before + keys.shape[-2]
         for name, new in (("keys", keys), ("values", values)):
             old, (seen, room) = getattr(layer, name), getattr(layer, f"roomy_{name}", (None, None))
-            if seen is not old:  # at first; and where a row for each query has become a row for each response
+            if seen is not old:  # at first; and where rows were multiplied, or dropped
                 room = new.new_empty((*new.shape[:-2], now + tokens, new.shape[-1]), dtype=dtype)
                 if before:
                     room[..., :before, :] = old
@@ -1449,7 +1452,8 @@ class Codec:
 
     def queries(self, posts: Sequence[Post]) -> list[list[int]]:
         """Queries, cut at a paragraph where they exceed `query_tokens` [D2]; [] where a title or prompt alone does."""
-        repeats = [(post, len(list(same))) for post, same in groupby(posts)]  # comparisons of one post are neighbours
+        by_text = groupby(posts, key=lambda post: post._replace(record=None))  # comparisons of one post are neighbours
+        repeats = [(post, len(list(same))) for post, same in by_text]
         limit, posts = self.data.query_tokens, [post for post, _ in repeats]
         queries = [q if 0 < len(q) <= limit else self.cut_query(post) for post, q in zip(posts, self.uncut(posts))]
         return [query for query, (_, times) in zip(queries, repeats) for _ in range(times)]
@@ -1518,8 +1522,9 @@ def read_examples(run: Run, split: str, codec: Codec) -> Batch:
     written, limit = [post.summary for post in posts], codec.data.response_tokens
     batch = Batch(queries, codec.responses(written, posts))
     fits = [bool(p.summary.strip()) and len(response) <= limit for p, response in zip(posts, batch.responses)]
-    why = f"empty, or longer than --data.response-tokens {limit}; without any give --sft-model"
-    return batch[fitting(run, f"{split} summaries", why, fits, posts)]
+    why = f"empty, or longer than --data.response-tokens {limit}"
+    needed = "; SFT and the centring of a reward model need some, or give --sft-model and --reward-model"
+    return batch[fitting(run, f"{split} summaries", why, fits, posts, needed)]
 
 
 def read_rankings(run: Run, split: str, codec: Codec) -> tuple[list[Ranking], list[tuple[str, ...]]]:
@@ -1545,13 +1550,13 @@ def read_rankings(run: Run, split: str, codec: Codec) -> tuple[list[Ranking], li
     return rankings, [kinds for pairs in compared.values() for _, _, kinds in pairs]
 
 
-def fitting(run: Run, what: str, why: str, fits: list[bool], posts: Sequence[Post]) -> list[int]:
+def fitting(run: Run, what: str, why: str, fits: list[bool], posts: Sequence[Post], needed: str = "") -> list[int]:
     """The rows that fit; the screen says how many others there are, and which is the first."""
     out = [i for i, fit in enumerate(fits) if not fit]
     if out:
         first = f"{posts[out[0]].title or posts[out[0]].post}"[:60]
         text = f"left out {len(out):,} of {len(fits):,} {what}: {why} (the first: {first!r})"
-        refuse(len(out) == len(fits), text)
+        refuse(len(out) == len(fits), text + needed)
         run.note([text])
     return [i for i, fit in enumerate(fits) if fit]
 
@@ -1565,7 +1570,7 @@ def parse_post(record: dict) -> Post:
     if record.get("prompt") is None and any(record.get(name) is not None for name in ("subreddit", "post")):
         return Post(*(text_field(record, name) for name in ("subreddit", "title", "post", "summary")), record)
     post, answers = parse_prompt(record)
-    return post._replace(summary=answers.get("completion", answers.get("chosen", "")).removesuffix("<|endoftext|>"))
+    return post._replace(summary=answers.get("completion", answers.get("chosen", "")))
 
 
 def parse_comparison(record: dict) -> Comparison:
@@ -1612,7 +1617,8 @@ def parse_prompt(record: dict) -> tuple[Post, dict[str, str]]:
     elif not prompt and one[:-1] == other[:-1]:
         prompt = one[:-1]
     refuse(not prompt, "field 'prompt' (or 'post') is missing, and 'chosen' and 'rejected' have no common beginning")
-    answers = {name: field if isinstance(field, str) else field[-1]["content"] for name, field in fields.items()}
+    texts = {name: field if isinstance(field, str) else field[-1]["content"] for name, field in fields.items()}
+    answers = {name: text.removesuffix("<|endoftext|>") for name, text in texts.items()}  # the Hub's TL;DR has it
     if isinstance(prompt, str) and (match := HUB_PROMPT.fullmatch(prompt)):
         return Post(*match.groups(), "", record), answers
     text = prompt if isinstance(prompt, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in prompt)
@@ -1944,20 +1950,20 @@ def plot(folders: Sequence[Path], target: Path) -> None:
     picture = Figure(figsize=(14, 6), layout="constrained")
     for axes, (name, label) in zip(picture.subplots(2, 4).flat, SHOWN.items()):
         for folder in folders:
-            curve = [update[name] for update in ppo_updates(folder) if name in update]
+            curve = [update[name] for update in logged(folder) if name in update]
             axes.plot(range(1, len(curve) + 1), curve, label=folder.name)
         axes.set(title=label, xlabel="update")
     picture.legend(*axes.get_legend_handles_labels(), loc="lower right")
     picture.savefig(target, format="png")
 
 
-def ppo_updates(folder: Path) -> list[dict]:
-    """What metrics.jsonl of a run holds of PPO."""
+def logged(folder: Path, stage: str = "ppo") -> list[dict]:
+    """What metrics.jsonl of a run holds of a stage."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []
     with one_line(f"{path} is not what a run writes"), open(path, encoding="utf-8") as lines:
-        return [record for record in map(json.loads, lines) if record["stage"] == "ppo"]
+        return [record for record in map(json.loads, lines) if record["stage"] == stage]
 
 
 # -----------------------------------------------------------------------------
@@ -2084,7 +2090,6 @@ def compare(run: Run) -> None:
     """Comparisons where the user has none: the labeler judges samples of the SFT model."""
     config, seed, K, T = run.config, run.config.seed, run.config.compare.samples, run.config.data.response_tokens
     writer, tie, codec = config.compare.policy, config.compare.tie, run.codec("sft")
-    temperature = config.compare.temperature or config.ppo.temperature
     policy = run.engine.place(lambda: load_policy(run.path(writer)))
     check_room(policy, config.data)
     labeler = Labeler(read_posts(run, "train"))
@@ -2095,7 +2100,7 @@ def compare(run: Run) -> None:
         posts, queries = [posts[i] for i in picked], [queries[i] for i in picked]
         uniforms = [noise(seed, f"compare {split} {k}", range(len(posts)), T) for k in range(K)]
         uniforms, prompts = torch.stack(uniforms, dim=1).flatten(0, 1), [query for query in queries for _ in range(K)]
-        responses = sample(policy, prompts, uniforms, temperature, codec.eos_id, run.engine, share)
+        responses = sample(policy, prompts, uniforms, config.compare.temperature, codec.eos_id, run.engine, share)
         drafts = chunks([codec.text(text, whole=bool(posts[i // K].prompt)) for i, text in enumerate(responses)], K)
         records = []
         for i, post in enumerate(posts):
@@ -2256,7 +2261,8 @@ class Compare:
     # K, samples per post; the labeler ranks them, every pair is a comparison [8, section 3.5], and the first sample is
     # compared with one for another post.
     samples: int = 4
-    temperature: float | None = None  # Of these samples. Default: PPO's.
+    # Of these samples. Colder than PPO's, they have the loops of greedy summaries: so the reward model learns of them.
+    temperature: float = 0.5
     tie: float = 0.05  # The labeler's scores that differ by no more than this are a tie: their order would be noise.
     # Whose samples: with ppo another round begins [5, section 3.1; 8]: the policy of --from-run is sampled, and its
     # comparisons are kept beside the new ones.
@@ -2285,24 +2291,25 @@ class PPO:
     num_minibatches: int = 4  # Optimizer steps per epoch over a batch. Paper: 1.
     num_ppo_epochs: int = 2  # Epochs over each batch, K in [1], a fresh permutation each [D19]. Paper: 4.
     lr: float = 4e-4  # Learning rate of the policy, linear to 0. Paper: 3e-6.
-    value_lr: float = 1e-3  # Learning rate of the value model. Paper: 3e-6.
+    value_lr: float = 1e-3  # Learning rate of a value model. Paper: 3e-6.
     temperature: float = 0.7  # Sampling temperature; log-probabilities use it too [D13]. Paper: 0.7.
-    kl_coef: float = 0.1  # Beta, price of one nat of KL to the SFT model [D15; 5, section 3.4]. Paper: 0.05.
+    kl_coef: float = 0.15  # Beta, price of one nat of KL to the SFT model [D15; 5, section 3.4]. Paper: 0.05.
     # Estimator of the KL (Schulman 2020). Default: k1 in the reward, k2 in the loss.
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     # Where the KL is charged. In the loss k1 has no gradient in expectation. Paper: reward.
     kl_in: Literal["reward", "loss"] = "reward"
     gamma: float = 1.0  # Gamma, discount [D17]. Paper: 1.
-    lam: float = 0.95  # Lambda of GAE [3; D17]. Paper: 0.95.
+    lam: float = 0.95  # Lambda of GAE, of learned baselines [3; D17]. Paper: 0.95.
     # What keeps a policy near the one that sampled [1, section 6.1]: the clip; nothing; a price on KL(old to new),
-    # fixed, or adapted to --ppo.target-kl; a bound on it, by a natural-gradient step (TRPO [6]). Paper: clip.
+    # fixed, or adapted to --ppo.target-kl; a bound on it, by a natural-gradient step (TRPO [6]), after which the
+    # optimizer moves learned values alone. Paper: clip.
     objective: Literal["clip", "unclipped", "penalty", "adaptive", "constraint"] = "clip"
     # KL(old to new) per token that an update may (constraint: delta [6]) or should (adaptive: d_targ [1]) reach.
     target_kl: float = 0.01
     penalty_coef: float = 1.0  # Price of that KL, beta of [1, eq. 8]; adaptive starts with it.
     cliprange: float = 0.2  # Epsilon of the clipped objective [1, eq. 7; D18]. Paper: 0.2.
-    cliprange_value: float = 0.2  # Clip of the value around its rollout value [D18]. Paper: 0.2.
-    # Weight of the value loss [1, eq. 9; D18]. A value model of its own has its own learning rate, and AdamW does not
+    cliprange_value: float = 0.2  # Clip of a learned value around its rollout value [D18]. Paper: 0.2.
+    # Weight of the loss of learned values [1, eq. 9; D18]. A value model has its own learning rate, and AdamW does not
     # see the scale of a loss: there it acts through the common gradient norm alone. Paper: 0.1.
     vf_coef: float = 0.1
     # What was to be expected, subtracted from the reward-to-go [3, section 2]. Learned: by a value model that starts as
@@ -2789,7 +2796,7 @@ class Run:
     def leave(self) -> None:
         """The stage is finished: a resumed run will not repeat it."""
         if self.stage == "ppo":
-            self.say(sparklines(ppo_updates(self.folder)))
+            self.say(sparklines(logged(self.folder)))
         self.seconds[self.stage] = round(time.monotonic() - self.entered, 1)
         self.save_progress({"finished": [*self.progress["finished"], self.stage], "stage": "", "step": 0})
         self.say(f"{self.stage}: {self.seconds[self.stage]:.0f} s")
@@ -2896,7 +2903,7 @@ class Run:
         return Stopped(f"{self.stage}{step}: {error}; {goes_on}")
 
     def finish(self) -> None:
-        if importlib.util.find_spec("matplotlib") and ppo_updates(self.folder):
+        if importlib.util.find_spec("matplotlib") and logged(self.folder):
             self.write("curves.png", partial(plot, [self.folder]))
         if self.writer:
             self.writer.close()
@@ -3163,9 +3170,12 @@ def load_function(flag: str, place: str) -> Callable:
     flag, (module, _, name), here = f"{flag} {place}", place.partition(":"), str(Path.cwd())
     refuse(not re.fullmatch(r"\w+(\.\w+)*:\w+", place), f"{flag} should name module:function")
     sys.path.insert(0, here)
-    with one_line(flag):
-        function = getattr(importlib.import_module(module), name)
-    sys.path.remove(here)
+    try:
+        with one_line(flag):
+            function = getattr(importlib.import_module(module), name)
+    finally:  # last from now on: for what it imports when it is called, but no file there is taken for a library
+        sys.path.remove(here)
+        sys.path.extend({here} - {*sys.path})
     refuse(not callable(function) or inspect.iscoroutinefunction(function), f"{flag} cannot be called")
     with one_line(flag, function), suppress(ValueError):  # what a builtin takes may not be known
         inspect.signature(function).bind("post", "response", "record")
@@ -3256,24 +3266,31 @@ def start(config: Config) -> Path:
 def sweep(config: Config) -> None:
     """The same run with each value of one flag, side by side [as 1, §6]."""
     flag, *values = config.sweep
-    runs = [tyro.cli(Config, args=[f"--{flag}", value], default=replace(config, sweep=())) for value in values]
+    switches = {"True": [f"--{flag}"], "False": ["--" + re.sub(r"[^.]+$", r"no-\g<0>", flag)]}
+    given = [switches.get(value, [f"--{flag}", value]) for value in values]
+    runs = [tyro.cli(Config, args=args, default=replace(config, sweep=())) for args in given]
     base, names = config.folder or Path("runs") / flag, [re.sub(r"[^\w.+-]+", "-", value) for value in values]
     folders = [base.with_name(f"{base.name}-{name}") for name in names]  # a value may be a path
+    first = os.environ.get("RANK", "0") == "0"
+    for folder in folders if first else ():  # all of them now, not the last one after hours
+        refuse(folder.exists(), f"--folder {base}: {folder} exists; choose another, or remove it")
     rows = [{flag: v} | outcome(start(replace(r, folder=f))) for v, r, f in zip(values, runs, folders)]
-    if os.environ.get("RANK", "0") == "0":
+    if first:
         names = list(dict.fromkeys(chain(*rows)))
         print(table([names, *([row.get(name, "") for name in names] for row in rows)]))
-        if importlib.util.find_spec("matplotlib") and any(map(ppo_updates, folders)):
+        if importlib.util.find_spec("matplotlib") and any(map(logged, folders)):
             write_whole(base.with_name(f"{base.name}-curves.png"), partial(plot, folders))
 
 
 def outcome(folder: Path) -> dict[str, str]:
-    """A run in a line. Of its scores [1]'s two: the mean over all updates, for fast learning, and over the last few."""
-    cells = {}
-    updates = ppo_updates(folder)
-    for title, name, share in (("score", "scores", 1.0), ("at the end", "scores", 0.1), ("kl", "kl", 0.1)):
+    """A run in a line. Of PPO's scores [1]'s two: the mean over all updates, for fast learning; and over the last."""
+    cells, updates = {}, logged(folder)
+    columns = (("score", "scores", 1.0), ("at the end", "scores", 0.1), ("kl", "kl", 0.1))
+    for title, name, share in columns if updates else ():
         part = updates[-math.ceil(share * len(updates)) :]
-        cells[title] = f"{sum(update[f'objective/{name}'] for update in part) / max(1, len(part)):.2f}"
+        cells[title] = f"{sum(update[f'objective/{name}'] for update in part) / len(part):.2f}"
+    for stage, name in (("sft", "valid/loss"), ("reward", "valid/accuracy all")):
+        cells |= {f"{stage} {name}": f"{record[name]:.3f}" for record in logged(folder, stage) if name in record}
     if (folder / "eval.json").exists():
         record = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
         for pair, figures in [*record["comparisons"].items()][:2]:

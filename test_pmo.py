@@ -1977,7 +1977,7 @@ def test_comparisons_of_a_post_are_cut_once():
     codec = impl.Codec(tiny_tokenizer(), impl.Data(query_tokens=40))
     long, other, short = (impl.Post("cats", "a title", text, "") for text in ("One.\nTwo. " * 20, "No. " * 50, "No."))
     posts, cut, cut_query = (
-        [long, long._replace(title="a title"), other, short, short, long, long],
+        [long, long._replace(record={"chosen": "x"}), other, short, short, long, long._replace(record={})],
         [],
         impl.Codec.cut_query,
     )
@@ -2498,7 +2498,7 @@ def tiny_config(name: str, seed: int = 1, **changes: object):
         folder=workshop() / "runs" / name, seed=seed,
         data=impl.Data(train=train, valid=valid, query_tokens=60, response_tokens=16, comparison_tokens=20),
         pretrain=impl.Pretrain(width=32, heads=2, vocab_size=400, epochs=8),
-        sft=impl.SFT(epochs=12), compare=impl.Compare(samples=2, tie=0.0), reward=impl.Reward(batch_size=16),
+        sft=impl.SFT(epochs=12), compare=impl.Compare(samples=2, tie=0.0, temperature=0.7), reward=impl.Reward(batch_size=16),
         ppo=ppo_config(total_episodes=48, batch_size=16, num_minibatches=2, sample_every=2, responses_per_query=1),
     )  # fmt: skip
     return replace(config, **changes)
@@ -3080,17 +3080,15 @@ def test_the_labelers_score_is_the_formula_it_says():
 
 
 @law(
-    "comparisons are the SFT model's: all pairs of its ranked samples, and the first against one for another post, drawn at the "
-    "PPO temperature, or that asked for, for posts picked at random",
+    "comparisons are the SFT model's: all pairs of its ranked samples, and the first against one for another post, drawn at a "
+    "temperature of their own, for posts picked at random",
     "README: the labeler; [8] section 3.5", *RUN_NEEDS, "compare", "sample", "Labeler", "Codec",
 )  # fmt: skip
-def test_comparisons_are_all_pairs_at_ppos_temperature():
-    config = stage_config("all pairs", "compare", compare=impl.Compare(samples=3, posts=40, tie=0.0))
+def test_comparisons_are_all_pairs_at_their_temperature():
+    config = stage_config("all pairs", "compare", compare=impl.Compare(samples=3, posts=40, tie=0.0, temperature=1.1))
     config = replace(config, ppo=replace(config.ppo, temperature=1.3))
     drawn = watched(config, "sample")["sample"]
-    assert [len(args[1]) for args, _ in drawn] == [120, 36] and {args[3] for args, _ in drawn} == {1.3}
-    colder = replace(config, folder=workshop() / "runs" / "colder", compare=replace(config.compare, temperature=0.5))
-    assert {args[3] for args, _ in watched(colder, "sample")["sample"]} == {0.5}
+    assert [len(args[1]) for args, _ in drawn] == [120, 36] and {args[3] for args, _ in drawn} == {1.1}
     sft = weights_of(finished_run() / "sft")
     assert all(drawn[0][0][0].state_dict()[name].equal(weight) for name, weight in sft.items())
     codec, posts = impl.Codec(impl.load_tokenizer(finished_run() / "sft"), config.data), toy_posts(60)
@@ -3211,14 +3209,18 @@ def test_what_fits_is_kept_whole():
 
 
 @law(
-    "the evaluation's labeler has its document frequencies from the training posts",
-    "held-out posts must not change the judge", *RUN_NEEDS, "Labeler",
+    "every stage's labeler has its document frequencies from the training posts, all of them",
+    "held-out posts must not change the judge, nor may the limits of a model", *RUN_NEEDS, "Labeler",
 )  # fmt: skip
 def test_the_labeler_reads_training_posts_only():
-    read = watched(stage_config("frequencies", "compare", "ppo", "evaluate"), "Labeler")["Labeler"]
+    known, train = toy_posts(60), workshop() / "one long title.jsonl"
+    known[7] = known[7]._replace(title="a title " * 99)  # too long for a query
+    impl.write_records([post.fields() for post in known], train)
+    config = stage_config("frequencies", "compare", "ppo", "evaluate")
+    read = watched(replace(config, data=replace(config.data, train=train)), "Labeler")["Labeler"]
     assert len(read) == 3
     for (posts,), _ in read:
-        assert [post.fields() for post in posts] == [post.fields() for post in toy_posts(60)]
+        assert [post.fields() for post in posts] == [post.fields() for post in known]
 
 
 @law(
@@ -4145,6 +4147,7 @@ def test_records_of_every_form_are_read():
         ({"chosen": hh + " The one.", "rejected": hh + " The other."}, hh, (" The one.", " The other.")),
         ({"chosen": "The sky is blue", "rejected": "The sky is black"}, "The sky is", (" blue", " black")),
         ({"prompt": HUB_POST, "chosen": [user, yes], "rejected": [user, no]}, None, ("Yes.", "No.")),
+        ({"prompt": HUB_POST, "chosen": " a<|endoftext|>", "rejected": " b<|endoftext|>"}, None, (" a", " b")),
         ({"prompt": HUB_POST.replace("\n\n", "\n"), "chosen": "x", "rejected": "y"}, HUB_POST.replace("\n\n", "\n"), ("x", "y")),
     ):  # fmt: skip
         record = record | {"answer": 4, "info": None, "subreddit": None, "post": None}
@@ -5814,12 +5817,15 @@ def changes(post, response, record):
     return 1.0
 def once(post, response, record):
     return 1.0 if response == 'one text' else None
+def imports(post, response, record):
+    import its_helper
+    return its_helper.one
 """
 
 
 @law(
     "a rule or judge that fails, whatever it raises or returns, ends the run in one line: flag, error, place, text, and how to "
-    "go on; what it changed about the process is undone",
+    "go on; what it changed about the process is undone; it may import what lies beside it when it is called",
     "sys.exit(0) in a rule ended a run as if it were done", *RUN_NEEDS, "load_function", "votes", "verified",
 )  # fmt: skip
 def test_users_functions_fail_in_one_line():
@@ -5868,6 +5874,10 @@ def test_users_functions_fail_in_one_line():
             assert config_error(lambda judge=judge: impl.votes(judge, posts, texts, texts, Path("v"))) == said
         posts = [post._replace(record={"a": 1}) for post in posts]
         assert impl.verified(impl.load_function(flag, "faulty:changes"), posts, texts) == [1.0, 1.0]
+        Path("its_helper.py").write_text("one = 1.0\n")
+        patch.setattr(sys, "path", [place for place in sys.path if Path(place).resolve() != Path.cwd()])
+        assert impl.verified(impl.load_function(flag, "faulty:imports"), posts, texts) == [1.0, 1.0]
+        assert sys.path[-1] == str(Path.cwd()), "what lies there must not be taken for a library"
         assert (
             Path.cwd() == workshop().resolve()
             and torch.is_grad_enabled()
@@ -5927,7 +5937,7 @@ def test_a_runs_folder_is_input():
         (folder / "metrics.jsonl").write_text(content)
         run = impl.Run(resumed)
         (folder / "metrics.jsonl").write_text(content)
-        assert config_error(lambda: impl.ppo_updates(run.folder)).startswith(
+        assert config_error(lambda: impl.logged(run.folder)).startswith(
             f"{folder / 'metrics.jsonl'} is not what a run writes"
         )
     for name in ("metrics.jsonl", "lock"):
@@ -6012,6 +6022,9 @@ def test_records_of_all_kinds_are_read_or_told():
         "left out 2 of 200 train summaries: empty, or longer than --data.response-tokens 16" in said
         for said in run.said
     )
+    impl.write_records([post._replace(summary="").fields() for post in posts], path)
+    message = config_error(lambda: impl.read_examples(run, "train", codec))
+    assert "left out 200 of 200 train summaries" in message and "--sft-model and --reward-model" in message
     start, usual = time.monotonic(), codec.queries([posts[0]._replace(post="some words " * 500)])
     for text in ("some words " * 1_000_000, "x" * 10_000_000, "line\n" * 2_000_000):
         (query,) = codec.queries([posts[0]._replace(post=text)])
@@ -6196,7 +6209,7 @@ def test_groups_are_split_only_where_they_must_be(sizes, size):
 
 
 def tiny_stranger(family: str):
-    """A decoder that reads several responses in one row otherwise than alone: ALiBi, a state, a short window."""
+    """A decoder that reads several responses in one row otherwise than alone: ALiBi, states, a short window."""
     import transformers as hf
 
     common = {"vocab_size": VOCAB, "eos_token_id": EOS, "bos_token_id": EOS, "pad_token_id": 0, "hidden_size": 16}
@@ -6205,6 +6218,10 @@ def tiny_stranger(family: str):
         "mamba": lambda: hf.MambaConfig(num_hidden_layers=2, state_size=4, **common),
         "lfm2": lambda: hf.Lfm2Config(
             num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32, layer_types=["conv", "full_attention"], **common,
+        ),
+        "minimax": lambda: hf.MiniMaxConfig(
+            num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32, num_local_experts=2,
+            head_dim=8, layer_types=["full_attention", "linear_attention"], **common,
         ),
         "mistral": lambda: hf.MistralConfig(
             num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=32, sliding_window=6, **common,
@@ -6221,12 +6238,12 @@ def tiny_stranger(family: str):
 
 @law(
     "a row that has ended is dropped when a quarter of those that are left have, which changes no sample; where a row has a "
-    "state that is no key or value (LFM2's convolutions) none is dropped",
+    "state that is no key or value (LFM2's convolutions, MiniMax's linear attention) none is dropped",
     "README: speed; D25", "sample", "droppable", *ENGINE_NEEDS,
 )  # fmt: skip
 def test_rows_that_have_ended_are_dropped():
     queries, numbers_ = grouped_batch().queries * 2, uniforms(20, 12)
-    for family in (*FAMILIES, "bloom", "mistral", "lfm2"):
+    for family in (*FAMILIES, "bloom", "mistral", "lfm2", "minimax"):
         policy = tiny_policy(family, scale=0.2) if family in FAMILIES else tiny_stranger(family)
         for eos in range(VOCAB) if family not in FAMILIES else (EOS,):  # one that it says now and then
             with watching("head_at") as calls:
@@ -6240,7 +6257,7 @@ def test_rows_that_have_ended_are_dropped():
         rows = [len(args[1]) for args, _ in calls["head_at"]]
         still = [sum(length > t for length in lengths) for t in range(max(lengths))]
         assert len(rows) == len(still)
-        if family == "lfm2":
+        if family in ("lfm2", "minimax"):
             assert set(rows) == {20}, family
         else:
             assert all(r == s or r > s > 0.75 * r for r, s in zip(rows, still)) and rows[-1] < 20, (family, rows, still)
@@ -6334,7 +6351,7 @@ def test_sharing_changes_a_run_by_rounding_alone():
     for share in (True, False):
         config = stage_config(f"share {share}", "compare", "reward", "ppo", compute=impl.Compute(share_queries=share))
         config = replace(config, ppo=replace(config.ppo, responses_per_query=4, sample_every=9))
-        config = replace(config, compare=impl.Compare(samples=3, posts=40, tie=0.0))
+        config = replace(config, compare=impl.Compare(samples=3, posts=40, tie=0.0, temperature=0.7))
         layouts = [layout for _, layout in watched(config, "lay_out")["lay_out"]]
         shared.append(sum(len(layout.inputs) > 1 for layout in layouts) / len(layouts))
         folders.append(config.folder)
@@ -6534,6 +6551,7 @@ def test_a_natural_step_stays_within_the_trust_region():
     gains, config = [], ppo_config(objective="constraint")
     for delta in (4e-4, 1.6e-3, 6.4e-3):
         models = tiny_models("neox")
+        models.policy.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))  # some have what no text needs
         rollout = tiny_rollout(models, config, rows=48)
 
         def surrogate(models=models, rollout=rollout) -> tuple[float, float]:
@@ -6555,6 +6573,14 @@ def test_a_natural_step_stays_within_the_trust_region():
         }
         gains.append(after - before)
     assert gains[0] > 0 and all(1.8 < b / a < 2.2 for a, b in itertools.pairwise(gains)), gains
+    of_rows = tiny_models("neox")  # the mean is the one asked for
+    told = impl.natural_step(of_rows.policy, rollout, replace(config, average="sequence"), engine(20))
+    with torch.no_grad():
+        new = impl.response_logprobs(of_rows.policy, impl.lay_out(rollout.batch), config.temperature)
+    gained = ((new - rollout.logprobs).exp() - 1).masked_fill(~rollout.mask, 0) * rollout.advantages
+    means = [gained.sum(1) / rollout.mask.sum(1), gained.sum() / rollout.mask.sum()]
+    assert told["policy/surrogate_gain"] == pytest.approx(means[0].mean().item(), abs=1e-5)
+    assert abs(means[0].mean() - means[1]) > 1e-4
     start = [p.clone() for p in models.policy.parameters()]
     hopeless = replace(rollout, advantages=torch.zeros_like(rollout.advantages))
     assert impl.natural_step(models.policy, hopeless, config, engine())["policy/surrogate_gain"] == 0
@@ -6768,7 +6794,7 @@ def test_another_reference_may_be_given():
     "[5] section 3.1; [8] section 3.5: steps 3 to 5 repeated", *RUN_NEEDS, "compare", "sample",
 )  # fmt: skip
 def test_a_round_adds_the_new_policys_comparisons():
-    compare = impl.Compare(samples=3, policy="ppo", tie=0.0)
+    compare = impl.Compare(samples=3, policy="ppo", tie=0.0, temperature=0.7)
     config = stage_config("second round", "compare", "reward", "ppo", "evaluate", compare=compare)
     policy = watched(config, "sample")["sample"][0][0][0]
     assert policy.state_dict().keys() >= (ppo := weights_of(finished_run() / "ppo")).keys()
@@ -6790,7 +6816,7 @@ def test_a_round_adds_the_new_policys_comparisons():
 
 
 @law(
-    "a sweep is one run for each value, in folders named by it, and one table, whose figures are those of the metrics and of "
+    "a sweep is one run for each value (True and False of a switch), in folders named by it, and one table, whose figures are those of the metrics and of "
     "eval.json; a flag or a value that is refused is refused before the first run",
     "[1] section 6", *RUN_NEEDS, "sweep", "outcome",
 )  # fmt: skip
@@ -6820,7 +6846,21 @@ def test_a_sweep_makes_one_table_of_runs():
     impossible = replace(config, folder=config.folder.with_name("refused sweep"), sweep=("ppo.batch-size", "16", "15"))
     with contextlib.redirect_stderr(io.StringIO()), pytest.raises((SystemExit, impl.InputError)):
         impl.sweep(impossible)
-    assert not list(config.folder.parent.glob("refused sweep*"))
+    there = config.folder.with_name("refused sweep-penalty")  # of the last value: known before the first one runs
+    there.mkdir()
+    assert str(there) in config_error(
+        lambda: impl.sweep(replace(config, folder=config.folder.with_name("refused sweep")))
+    )
+    assert list(config.folder.parent.glob("refused sweep*")) == [there]
+    switched = replace(config, sweep=("ppo.whiten-advantages", "True", "False"), stages=("ppo",))
+    without = replace(config, folder=config.folder.with_name("sft swept"), sweep=("sft.lr", "0.001"), stages=("sft",))
+    with contextlib.redirect_stdout(io.StringIO()) as said, watching("start") as calls:
+        impl.sweep(switched)
+        impl.sweep(replace(without, from_run=(finished_run(),)))
+    assert [c.ppo.whiten_advantages for (c,), _ in calls["start"][:2]] == [True, False]
+    title, row = said.getvalue().rstrip().splitlines()[-2:]
+    loss = metrics_of(config.folder.with_name("sft swept-0.001"))[-1]["valid/loss"]
+    assert title.split() == ["sft.lr", "sft", "valid/loss"] and row.split() == ["0.001", f"{loss:.3f}"]
 
 
 ADAPTIVE = {"objective": "adaptive", "target_kl": 1e-5}
@@ -6967,7 +7007,7 @@ def smallest_config(compute, name: str = "smallest"):
     tiny = tiny_config(name, compute=compute)
     return replace(
         tiny, data=replace(tiny.data, response_tokens=9, comparison_tokens=50), sft=impl.SFT(epochs=0.3),
-        pretrain=replace(tiny.pretrain, epochs=0.3, layers=1), compare=impl.Compare(samples=2, posts=12, tie=0.0),
+        pretrain=replace(tiny.pretrain, epochs=0.3, layers=1), compare=impl.Compare(samples=2, posts=12, tie=0.0, temperature=0.7),
         reward=impl.Reward(epochs=0.3, batch_size=16, pretraining_pairs=8), evaluate=impl.Evaluate(posts=3),
         ppo=ppo_config(total_episodes=16, batch_size=8, num_minibatches=2, num_ppo_epochs=1, sample_every=1, responses_per_query=4),
     )  # fmt: skip
@@ -7124,21 +7164,22 @@ def test_the_head_computes_in_float32(family):
 
 
 @law(
-    "in bfloat16 the cache of keys and values is bfloat16, lies in memory that is laid out at most twice, and the same "
-    "tokens are sampled as without that, with shared queries, too",
+    "in bfloat16 the cache of keys and values is bfloat16, lies in memory that is laid out at most twice where no row ends, "
+    "never has room for more than all tokens, and the same are sampled as without that, with shared queries, too",
     "README: memory", "sample", "roomy_cache", *ENGINE_NEEDS, family=families, share=st.booleans(),
 )  # fmt: skip
 def test_the_cache_is_compact_and_samples_the_same(family, share):
     from transformers.cache_utils import DynamicLayer
 
     policy, queries = tiny_policy(family), [[1, 2, 3]] * 3 + [[4, 5, 6, 7, 8]] * 3
-    draw = lambda: impl.sample(policy, queries, uniforms(6, 9, 1), 0.7, -1, engine(bfloat16=True), share)  # noqa: E731
-    dtypes, places, forward = set(), set(), type(policy).forward
+    draw = lambda eos=-1: impl.sample(policy, queries, uniforms(6, 9, 1), 0.7, eos, engine(bfloat16=True), share)  # noqa: E731
+    dtypes, places, rooms, forward = set(), set(), [], type(policy).forward
 
     def watched(model, *rest, **options):
         output = forward(model, *rest, **options)
         dtypes.update(layer.keys.dtype for layer in output[cache].layers)
         places.update(layer.values.data_ptr() for layer in output[cache].layers[:1])
+        rooms.extend(room.shape for layer in output[cache].layers if (room := layer.roomy_keys[1]) is not None)
         return output
 
     cache = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
@@ -7148,7 +7189,11 @@ def test_the_cache_is_compact_and_samples_the_same(family, share):
         patch.setattr(type(policy), "forward", watched)
         compacted = draw()
         assert dtypes == {torch.bfloat16} and DynamicLayer.update is update and len(places) <= 1 + share
+        some = compacted[0][5]  # as an end: rows are dropped while others write on
+        assert len(set(map(len, draw(some)))) > 1 and len({shape[0] for shape in rooms}) > 1 + share
+        assert max(shape[2] for shape in rooms) == 5 + 9
         patch.setattr(impl, "roomy_cache", lambda tokens: contextlib.nullcontext())
+        patch.setattr(DynamicLayer, "roomy_keys", (None, None), raising=False)
         assert draw() == compacted and (torch.float32 in dtypes) == (family != "gpt2"), "GPT-2 rotates nothing"
 
 
@@ -7399,9 +7444,9 @@ MUTANTS = [
     Mutant("the title counts once", "test_the_labelers_score_is_the_formula_it_says", 'f"{text.title} {text.title} {text.post}"', 'f"{text.title} {text.post}"'),
     Mutant("to repeat a word pays", "test_the_labelers_score_is_the_formula_it_says", "self.weights(list(dict.fromkeys(words)))", "self.weights(words)"),
     Mutant("term frequency is not damped", "test_the_labelers_score_is_the_formula_it_says", "(1 + math.log(count)) * self", "count * self"),
-    Mutant("comparisons are drawn at temperature 1", "test_comparisons_are_all_pairs_at_ppos_temperature", "uniforms, temperature, codec.eos_id, run.engine, share)\n        drafts", "uniforms, 1.0, codec.eos_id, run.engine, share)\n        drafts"),
-    Mutant("comparisons are always drawn at PPO's temperature", "test_comparisons_are_all_pairs_at_ppos_temperature", "temperature = config.compare.temperature or config.ppo.temperature", "temperature = config.ppo.temperature"),
-    Mutant("only the best and the worst are compared", "test_comparisons_are_all_pairs_at_ppos_temperature", "enumerate(combinations(ranked, 2))", "enumerate([(ranked[0], ranked[-1])])"),
+    Mutant("comparisons are drawn at temperature 1", "test_comparisons_are_all_pairs_at_their_temperature", "uniforms, config.compare.temperature, codec.eos_id, run.engine, share)\n        drafts", "uniforms, 1.0, codec.eos_id, run.engine, share)\n        drafts"),
+    Mutant("comparisons are always drawn at PPO's temperature", "test_comparisons_are_all_pairs_at_their_temperature", "uniforms, config.compare.temperature, codec", "uniforms, config.ppo.temperature, codec"),
+    Mutant("only the best and the worst are compared", "test_comparisons_are_all_pairs_at_their_temperature", "enumerate(combinations(ranked, 2))", "enumerate([(ranked[0], ranked[-1])])"),
     Mutant("any difference is a preference", "test_comparisons_are_the_labelers", "if abs(scores[0] - scores[1]) <= tie or", "if scores[0] == scores[1] or"),
     Mutant("the warm-up asks for summaries", "test_what_is_asked_for_in_pretraining_and_sft", "codec.responses(repeated, posts)", "codec.responses([post.summary for post in posts], posts)"),
     Mutant("the warm-up ignores the prompt", "test_what_is_asked_for_in_pretraining_and_sft", "batch, 1.0, lambda", "batch, 0.0, lambda"),
@@ -7481,8 +7526,8 @@ MUTANTS = [
     Mutant("rollouts are drawn at temperature 1", "test_every_update_sees_its_own_episodes", "sample(models.policy, prompts, uniforms, config.temperature,", "sample(models.policy, prompts, uniforms, 1.0,"),
     Mutant("γ and λ change places", "test_every_update_sees_its_own_episodes", "rollout.mask, config.gamma, config.lam)", "rollout.mask, config.lam, config.gamma)"),
     Mutant("advantages are whitened per minibatch", "test_ppo_whitens_advantages_over_the_batch", "optimizer_step(engine, optimizer, rollout[rows], *losses)", "optimizer_step(engine, optimizer, replace(rollout[rows], advantages=whiten(rollout[rows].advantages, rollout[rows].mask)), *losses)"),
-    Mutant("comparisons are of the base model's samples", "test_comparisons_are_all_pairs_at_ppos_temperature", "policy = run.engine.place(lambda: load_policy(run.path(writer)))", 'policy = run.engine.place(lambda: load_policy(run.path("base")))'),
-    Mutant("the stranger's text is the post's own", "test_comparisons_are_all_pairs_at_ppos_temperature", "drafts[(i + 1) % len(posts)][0])", "drafts[i][1])"),
+    Mutant("comparisons are of the base model's samples", "test_comparisons_are_all_pairs_at_their_temperature", "policy = run.engine.place(lambda: load_policy(run.path(writer)))", 'policy = run.engine.place(lambda: load_policy(run.path("base")))'),
+    Mutant("the stranger's text is the post's own", "test_comparisons_are_all_pairs_at_their_temperature", "drafts[(i + 1) % len(posts)][0])", "drafts[i][1])"),
     Mutant("the better of two samples stands first", "test_comparisons_are_the_labelers", "(writer, worse), tie, (i + k) % 2 == 1)", "(writer, worse), tie, False)"),
     Mutant("one post's summary is exchanged with itself", "test_the_reward_model_sees_each_pair_once_the_right_way_round", "for query, own, other in rows if own != other]", "for query, own, other in rows]"),
     Mutant("chance is judged by the easy pairs", "test_a_reward_model_near_chance_is_warned_of", 'accuracies[SAME_POST if SAME_POST in accuracies else "all"]', 'accuracies["all"]'),
@@ -7492,7 +7537,7 @@ MUTANTS = [
     Mutant("a verdict is made of one post", "test_the_verdict_claims_no_more_than_its_intervals", "if posts < 30:", "if posts < 1:"),
     Mutant("curves begin at their second value", "test_curves_on_the_screen_are_those_of_the_updates", 'f"{curve[0]:.3g}"', 'f"{means[-1]:.3g}"'),
     Mutant("curves of the screen have one level", "test_curves_on_the_screen_are_those_of_the_updates", "int(7.999 * (mean", "int(0.999 * (mean"),
-    Mutant("the picture is of the first run", "test_curves_are_drawn_of_each_run", "for update in ppo_updates(folder) if name", "for update in ppo_updates(folders[0]) if name"),
+    Mutant("the picture is of the first run", "test_curves_are_drawn_of_each_run", "for update in logged(folder) if name", "for update in logged(folders[0]) if name"),
     Mutant("a refused run leaves its folder", "test_a_refused_run_leaves_no_folder", "if self.untouched and self.engine", "if False and self.engine"),
     Mutant("a refused run takes its data with it", "test_a_refused_run_leaves_no_folder", 'self.untouched &= name in ("config.json", STATE)', "pass"),
     Mutant("a summary's words are known", "test_invented_words_and_repetitions_are_counted", "chain.from_iterable(post.fields().values() for", "chain.from_iterable((post.title, post.post) for"),
@@ -7501,10 +7546,10 @@ MUTANTS = [
     Mutant("any word is repetitive", "test_invented_words_and_repetitions_are_counted", "count >= 3 and self.rarity(word)", "count >= 3"),
     Mutant("length is no matter", "test_the_verdict_claims_no_more_than_its_intervals", "<= 0.1 * y[", "<= 1.0 * y["),
     Mutant("episodes are left out silently", "test_episodes_left_over_are_said", "config.ppo.total_episodes % config.ppo.batch_size)", "0)"),
-    Mutant("curves are of another run", "test_ppo_ends_with_its_curves", "self.say(sparklines(ppo_updates(self.folder)))", "self.say(sparklines([]))"),
+    Mutant("curves are of another run", "test_ppo_ends_with_its_curves", "self.say(sparklines(logged(self.folder)))", "self.say(sparklines([]))"),
     Mutant("a share's interval is the normal one", "test_shares_have_wilsons_interval", "p * (1 - p) / n + z * z / (4 * n * n))", "p * (1 - p) / n)"),
     Mutant("scores without EOS count as hacking", "test_bad_signs_are_said_once", 'if rise("raw_scores") > 0', 'if rise("scores") > 0'),
-    Mutant("the labeler watches a rule", "test_a_rule_replaces_the_reward_model", "labeler = Labeler(posts) if run.labeler_chose else None", "labeler = Labeler(posts)"),
+    Mutant("the labeler watches a rule", "test_a_rule_replaces_the_reward_model", "run, \"train\")) if run.labeler_chose else None", "run, \"train\"))"),
     Mutant("a negative KL alarms nobody", "test_bad_signs_are_said_once", 'if last["objective/kl"] < -4 *', 'if last["objective/kl"] < -400 *'),
     Mutant("the KL's error is its deviation", "test_rollout_statistics_are_what_their_names_say", "((kl.var(correction=0) + 1) / len(kl)).sqrt()", "(kl.var(correction=0) + 1).sqrt()"),
     Mutant("the KL that stops is the step's", "test_bad_signs_are_said_once", '(kl := statistics["objective/kl"])', '(kl := statistics["policy/approxkl"])'),
@@ -7530,7 +7575,7 @@ MUTANTS = [
     Mutant("Ctrl-C after the steps waits", "test_checkpoints_come_when_they_should", "            finally:\n                self.in_steps = False", "            finally:\n                pass"),
     Mutant("files get their names before they are written", "test_files_are_on_the_disk_before_they_get_their_names", '    to_disk(part, *part.rglob("*"))\n', ""),
     Mutant("names may be lost", "test_files_are_on_the_disk_before_they_get_their_names", "    to_disk(target.parent)\n", ""),
-    Mutant("a resumed run's warnings forget the updates before", "test_divergence_within_an_update_spares_the_checkpoint", 'run.codec("sft"), ppo_updates(run.folder)', 'run.codec("sft"), []'),
+    Mutant("a resumed run's warnings forget the updates before", "test_divergence_within_an_update_spares_the_checkpoint", 'run.codec("sft"), logged(run.folder)', 'run.codec("sft"), []'),
     Mutant("TensorBoard counts every update as the first", "test_tracking_writes_the_metrics", "add_scalar(tag, value, self.step)", "add_scalar(tag, value, 0)"),
     # whole runs
     Mutant("what is measured after the steps stands at the last", "test_a_run_logs_finite_numbers_and_ratio_one", "        self.step = total\n", ""),
@@ -7559,7 +7604,17 @@ MUTANTS = [
     Mutant("who is left writes for the first rows", "test_rows_that_have_ended_are_dropped", "responses[writer, t] = tokens[:, 0]", "responses[: len(writer), t] = tokens[:, 0]"),
     Mutant("who is left draws the first rows' noise", "test_rows_that_have_ended_are_dropped", "uniforms[writer, t, None]", "uniforms[: len(writer), t, None]"),
     Mutant("the cache's rows that go on are others", "test_rows_that_have_ended_are_dropped", "keep_rows(cache, still)", "keep_rows(cache, still.flip(0))"),
-    Mutant("comparisons of one post are cut each by itself", "test_comparisons_of_a_post_are_cut_once", "(post, len(list(same))) for post, same in groupby(posts)]", "(post, 1) for post in posts]"),
+    Mutant("natural steps gain by tokens, whatever is asked", "test_a_natural_step_stays_within_the_trust_region", "theta, config.average)", 'theta, "token")'),
+    Mutant("rows that are left get room for all tokens again", "test_the_cache_is_compact_and_samples_the_same", "roomy_cache(T - t)", "roomy_cache(T)"),
+    Mutant("PPO's labeler knows only posts that fit", "test_the_labeler_reads_training_posts_only", 'Labeler(read_posts(run, "train")) if run.labeler_chose', "Labeler(posts) if run.labeler_chose"),
+    Mutant("compared texts keep an EOS that is spelled out", "test_records_of_every_form_are_read", 'text.removesuffix("<|endoftext|>") for name', "text for name"),
+    Mutant("posts with other answers are other posts", "test_comparisons_of_a_post_are_cut_once", "groupby(posts, key=lambda post: post._replace(record=None))", "groupby(posts)"),
+    Mutant("what a rule imports when it is called is not found", "test_users_functions_fail_in_one_line", "sys.path.extend({here} - {*sys.path})", "pass"),
+    Mutant("a sweep finds a taken folder when it comes to it", "test_a_sweep_makes_one_table_of_runs", 'refuse(folder.exists(), f"--folder {base}', 'refuse(False, f"--folder {base}'),
+    Mutant("a switch is always on in a sweep", "test_a_sweep_makes_one_table_of_runs", r'r"no-\g<0>"', r'r"\g<0>"'),
+    Mutant("a sweep of SFT shows the loss of other posts", "test_a_sweep_makes_one_table_of_runs", '("sft", "valid/loss")', '("sft", "valid/loss_other_post")'),
+    Mutant("without summaries nothing is advised", "test_records_of_all_kinds_are_read_or_told", "text + needed", "text"),
+    Mutant("comparisons of one post are cut each by itself", "test_comparisons_of_a_post_are_cut_once", "(post, len(list(same))) for post, same in by_text]", "(post, 1) for post in posts]"),
     Mutant("a query stands for all that follow", "test_comparisons_of_a_post_are_cut_once", "for _ in range(times)]", "for _ in range(1)]"),
     Mutant("responses go to queries in turn", "test_a_shared_query_changes_no_sample", "of = torch.tensor([r for r, group in enumerate(groups) for _ in group], device=device)", "of = torch.arange(len(batch), device=device) % len(groups)"),
     Mutant("every response is sampled from a copy", "test_a_shared_query_changes_no_sample", "device, groups = policy.device, batch.groups()", "device, groups = policy.device, [[i] for i in range(len(batch))]"),
@@ -7595,7 +7650,7 @@ MUTANTS = [
     Mutant("the step is that for half of δ", "test_a_natural_step_stays_within_the_trust_region", "(2 * config.target_kl / (x", "(config.target_kl / (x"),
     Mutant("the line search forgets the KL", "test_the_line_search_holds_to_both_conditions", "if gain > 0 and update_kl(policy, rollout, config.temperature, engine) <= config.target_kl:", "if gain > 0:"),
     Mutant("the line search forgets the gain", "test_the_line_search_holds_to_both_conditions", "if gain > 0 and update_kl", "if update_kl"),
-    Mutant("differences are not divided by their step", "test_a_natural_step_stays_within_the_trust_region", "start + h * v)[1] / h", "start + h * v)[1]"),
+    Mutant("differences are not divided by their step", "test_a_natural_step_stays_within_the_trust_region", "\"token\")[1] / h", "\"token\")[1]"),
     Mutant("the natural step descends", "test_a_natural_step_stays_within_the_trust_region", "conjugate_gradients(fisher, -gradient)", "conjugate_gradients(fisher, gradient)"),
     Mutant("a step in vain is kept", "test_a_natural_step_stays_within_the_trust_region", '    set_parameters(parameters, start)\n    return {"policy/halvings": 10', '    return {"policy/halvings": 10'),
     Mutant("a natural step's ratio alarms", "test_bad_signs_are_said_once", ' and "policy/halvings" not in last', ""),
@@ -7618,7 +7673,7 @@ MUTANTS = [
     Mutant("a new round forgets the old", "test_a_round_adds_the_new_policys_comparisons", "records += read_records(earlier, dict)[0]", "pass"),
     Mutant("a new round asks the old policy", "test_a_round_adds_the_new_policys_comparisons", "load_policy(run.path(writer))", 'load_policy(run.path("sft"))'),
     Mutant("old comparisons are held out again", "test_a_round_adds_the_new_policys_comparisons", 'if writer == "ppo" and split == "train":', 'if writer == "ppo":'),
-    Mutant("a sweep checks values as it comes to them", "test_a_sweep_makes_one_table_of_runs", 'runs = [tyro.cli(Config, args=[f"--{flag}", value], default=replace(config, sweep=())) for value in values]', 'runs = (tyro.cli(Config, args=[f"--{flag}", value], default=replace(config, sweep=())) for value in values)'),
+    Mutant("a sweep checks values as it comes to them", "test_a_sweep_makes_one_table_of_runs", 'runs = [tyro.cli(Config, args=args, default=replace(config, sweep=())) for args in given]', 'runs = (tyro.cli(Config, args=args, default=replace(config, sweep=())) for args in given)'),
     Mutant("a sweep's last scores are all of them", "test_a_sweep_makes_one_table_of_runs", '("at the end", "scores", 0.1)', '("at the end", "scores", 1.0)'),
     Mutant("a sweep's intervals are twice as wide", "test_a_sweep_makes_one_table_of_runs", "± {(high - low) / 2:.3f}", "± {high - low:.3f}"),
     Mutant("a sweep runs its first value only", "test_a_sweep_makes_one_table_of_runs", "start(replace(r, folder", "start(replace(runs[0], folder"),
