@@ -2083,7 +2083,20 @@ def small_model(size: Pretrain, tokenizer: PreTrainedTokenizerBase, seed: int) -
         if weight.dim() == 2:
             noise = rng(seed, "small model", i).standard_normal(weight.shape, dtype=np.float32)
             weight.copy_((0.08 if "embed" in name else 0.05) * torch.from_numpy(noise))
+    look_back(model.gpt_neox.layers[0].attention.query_key_value.bias, model.gpt_neox.rotary_emb.inv_freq, size)
     return model
+
+
+def look_back(bias: Tensor, theta: Tensor, size: Pretrain) -> None:
+    """A layer's first head starts by looking one token back: positions turn its query by (p − 1) θ, its keys by p θ.
+
+    Copying takes such a head and, in a later layer, heads that look behind an earlier same token (induction heads,
+    Olsson et al. 2022, arXiv 2209.11895). Left to chance the first formed in the second layer with most seeds, so the
+    others in the third and last: then no layer is left in which a reward model can gather what was copied."""
+    D, n = size.width // size.heads, len(theta)
+    scale = (4 * D**0.5 / (1 - theta.cos()).sum()).sqrt()  # the tokens beside it get e⁻⁴ of its weight
+    bias[: 2 * n] = scale * torch.cat([theta.cos(), -theta.sin()])  # query
+    bias[D : D + n] = scale  # key
 
 
 def compare(run: Run) -> None:

@@ -2618,6 +2618,21 @@ def test_a_seed_decides_new_weights():
 
 
 @law(
+    "the first head of a new model looks one token back, wherever it is; no other does",
+    "Olsson et al. 2022, arXiv 2209.11895", "Pretrain", "small_model", "look_back",
+)  # fmt: skip
+def test_a_new_models_first_head_looks_back():
+    model = impl.small_model(impl.Pretrain(), tiny_tokenizer(), 1)
+    model.set_attn_implementation("eager")
+    texts = torch.from_numpy(impl.rng(1, "texts").integers(0, model.config.vocab_size, (8, 64)))
+    with torch.no_grad():
+        attended = torch.stack(model(texts, output_attentions=True).attentions)  # (layers, B, heads, W, W)
+    back = attended.diagonal(offset=-1, dim1=-2, dim2=-1).mean(1)  # (layers, heads, W - 1)
+    assert (back[0, 0] > 0.4).all() and back[0, 0].mean() > 0.65
+    assert (back[0, 1:, 20:] < 0.1).all() and (back[1:, :, 20:] < 0.1).all()
+
+
+@law(
     "the reward folder's scores have mean 0 over the training summaries",
     "D9", *RUN_NEEDS, "scores_of", "Codec",
 )  # fmt: skip
@@ -7604,6 +7619,8 @@ MUTANTS = [
     Mutant("who is left writes for the first rows", "test_rows_that_have_ended_are_dropped", "responses[writer, t] = tokens[:, 0]", "responses[: len(writer), t] = tokens[:, 0]"),
     Mutant("who is left draws the first rows' noise", "test_rows_that_have_ended_are_dropped", "uniforms[writer, t, None]", "uniforms[: len(writer), t, None]"),
     Mutant("the cache's rows that go on are others", "test_rows_that_have_ended_are_dropped", "keep_rows(cache, still)", "keep_rows(cache, still.flip(0))"),
+    Mutant("the first head looks one token ahead", "test_a_new_models_first_head_looks_back", "-theta.sin()])  # query", "theta.sin()])  # query"),
+    Mutant("the first head looks hardly anywhere", "test_a_new_models_first_head_looks_back", "(4 * D**0.5 / (1 - theta.cos())", "(0.4 * D**0.5 / (1 - theta.cos())"),
     Mutant("natural steps gain by tokens, whatever is asked", "test_a_natural_step_stays_within_the_trust_region", "theta, config.average)", 'theta, "token")'),
     Mutant("rows that are left get room for all tokens again", "test_the_cache_is_compact_and_samples_the_same", "roomy_cache(T - t)", "roomy_cache(T)"),
     Mutant("PPO's labeler knows only posts that fit", "test_the_labeler_reads_training_posts_only", 'Labeler(read_posts(run, "train")) if run.labeler_chose', "Labeler(posts) if run.labeler_chose"),
