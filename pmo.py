@@ -2244,7 +2244,7 @@ class Pretrain:
 
     # Passes over the training posts, next-token loss on everything. The response asked for repeats the title and the
     # post's first words: without copying a model this small learns the style of summaries, but not to look at the post.
-    epochs: float = 2.0
+    epochs: float = 1.25
     batch_size: int = 8  # Posts per step.
     # Learning rate, constant after a warm-up of 50 steps (a tenth of all steps, where those are fewer).
     lr: float = 3e-3
@@ -2270,7 +2270,7 @@ class SFT:
 class Compare:
     """Preferences where there are no humans: the labeler compares samples of the SFT model."""
 
-    posts: int = 10_000  # Training posts to sample for, at most.
+    posts: int = 5_000  # Training posts to sample for, at most.
     # K, samples per post; the labeler ranks them, every pair is a comparison [8, section 3.5], and the first sample is
     # compared with one for another post.
     samples: int = 4
