@@ -1086,7 +1086,7 @@ def keep_rows(cache: Cache, rows: Tensor) -> None:
     """Only these go on. A layer's old room is given back before the next layer is copied."""
     for layer in cache.layers:
         layer.batch_select_indices(rows)
-        layer.roomy_keys = layer.roomy_values = (None, None)
+        layer.roomy_keys = layer.roomy_values = None
 
 
 def positions(mask: Tensor) -> Tensor:  # (B, W), here True on each row's last tokens -> (B, W)
@@ -1114,14 +1114,13 @@ def roomy_cache(tokens: int) -> Iterator[None]:
         before, dtype = layer.get_seq_length(), min(keys, values, key=Tensor.element_size).dtype
         now = before + keys.shape[-2]
         for name, new in (("keys", keys), ("values", values)):
-            old, (seen, room) = getattr(layer, name), getattr(layer, f"roomy_{name}", (None, None))
-            if seen is not old:  # at first; and where rows were multiplied, or dropped
+            room = getattr(layer, f"roomy_{name}", None)
+            if room is None:  # at first; and where rows were multiplied, or dropped
                 room = new.new_empty((*new.shape[:-2], now + tokens, new.shape[-1]), dtype=dtype)
                 if before:
-                    room[..., :before, :] = old
+                    room[..., :before, :] = getattr(layer, name)
             room[..., before:now, :] = new
-            seen = room[..., :now, :]
-            vars(layer).update({name: seen, f"roomy_{name}": (seen, room)})
+            vars(layer).update({name: room[..., :now, :], f"roomy_{name}": room})
         return layer.keys, layer.values
 
     DynamicLayer.update = written
@@ -2430,8 +2429,8 @@ class Config:
     # Reward model (AutoModelForSequenceClassification, one label), instead of this run's or --from-run's.
     reward_model: str | None = None
     ppo_model: str | None = None  # Policy to evaluate, instead of this run's or --from-run's.
-    # A flag without its dashes, and values, for instance ppo.objective clip unclipped penalty adaptive constraint: the
-    # run is repeated with each, in folders FOLDER-VALUE, and a table compares what came of it.
+    # A flag without its dashes, and values (of a switch True, False), as in ppo.objective clip unclipped penalty:
+    # the run is repeated with each, in folders FOLDER-VALUE, and a table compares what came of it.
     sweep: tuple[str, ...] = ()
     seed: int = 1  # Seed of everything random but the corpus's split: shuffles, samples, new weights [D25].
     track: bool = False  # Write TensorBoard curves too (needs pip install tensorboard).

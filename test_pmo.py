@@ -4507,7 +4507,6 @@ def test_shown_samples_belong_to_their_models():
         assert written["sft"] != written["ppo"] or T < 16, "the example needs two models that write different things"
         for name in ("sft", "ppo"):
             assert (written[name][0][-1] == codec.eos_id) == (T == 16), "they should end, or not, in time"
-        assert written["ppo"] != written["author"], "the example needs a text that is not the author's"
         for name, responses in written.items():
             assert record[name] == codec.text(responses[0])
             score = impl.scores_of(models.reward_model, impl.Batch(queries, responses), engine()).item()
@@ -7194,7 +7193,7 @@ def test_the_cache_is_compact_and_samples_the_same(family, share):
         output = forward(model, *rest, **options)
         dtypes.update(layer.keys.dtype for layer in output[cache].layers)
         places.update(layer.values.data_ptr() for layer in output[cache].layers[:1])
-        rooms.extend(room.shape for layer in output[cache].layers if (room := layer.roomy_keys[1]) is not None)
+        rooms.extend(room.shape for layer in output[cache].layers if (room := layer.roomy_keys) is not None)
         return output
 
     cache = "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
@@ -7208,7 +7207,7 @@ def test_the_cache_is_compact_and_samples_the_same(family, share):
         assert len(set(map(len, draw(some)))) > 1 and len({shape[0] for shape in rooms}) > 1 + share
         assert max(shape[2] for shape in rooms) == 5 + 9
         patch.setattr(impl, "roomy_cache", lambda tokens: contextlib.nullcontext())
-        patch.setattr(DynamicLayer, "roomy_keys", (None, None), raising=False)
+        patch.setattr(DynamicLayer, "roomy_keys", None, raising=False)
         assert draw() == compacted and (torch.float32 in dtypes) == (family != "gpt2"), "GPT-2 rotates nothing"
 
 
@@ -7725,8 +7724,7 @@ MUTANTS = [
     Mutant("keys stay wide in the cache", "test_the_cache_is_compact_and_samples_the_same", "now + tokens, new.shape[-1]), dtype=dtype)", "now + tokens, new.shape[-1]))"),
     Mutant("values become as wide as rotated keys", "test_the_cache_is_compact_and_samples_the_same", "min(keys, values, key", "max(keys, values, key"),
     Mutant("the cache stays changed after sampling", "test_the_cache_is_compact_and_samples_the_same", "    finally:\n        DynamicLayer.update = update\n", "    finally:\n        pass\n"),
-    Mutant("the cache is laid out anew for every token", "test_the_cache_is_compact_and_samples_the_same", "if seen is not old:", "if True:"),
-    Mutant("the cache of the queries is taken for the responses'", "test_the_cache_is_compact_and_samples_the_same", "if seen is not old:", "if seen is None:"),
+    Mutant("the cache is laid out anew for every token", "test_the_cache_is_compact_and_samples_the_same", "if room is None:", "if True:"),
     Mutant("backward passes are without TF32", "test_float32_means_float32_on_a_gpu", "        with self.tf32():\n            (loss", "        with nullcontext():\n            (loss"),
     Mutant("TF32 stays on after a forward pass", "test_float32_means_float32_on_a_gpu", "            torch.set_float32_matmul_precision(before)\n", "            pass\n"),
     Mutant("float32 means TF32", "test_float32_means_float32_on_a_gpu", '"high" if self.bfloat16 and self.device.type', '"high" if self.device.type'),
