@@ -21,7 +21,7 @@ PPO in a dozen lines (`ppo`, at the head of section 2, is these lines with names
                 step                                                                                   # 7.
 
 That is [4]'s, and `run_tldr.sh` runs it. The default run samples eight responses to a query, and the mean return of the
-other seven takes the place of the values (`--ppo.baseline group`): on its few updates that is the better baseline.
+other seven takes the place of the values (`--ppo.baseline group`): it does as well there, with one model less to train.
 
 The file is to be read from its top. Sections 1 to 4 and the first half of 5, up to "here the method ends", are the
 method; then comes the program around it:
@@ -2327,8 +2327,7 @@ class PPO:
     # What was to be expected, subtracted from the reward-to-go [3, section 2]. Learned: by a value model that starts as
     # the reward model [D10], or a head on the policy's trunk. Not learned: the mean return of the other responses to
     # the query (RLOO [9]; GRPO without its division by the deviation) or of the batch; nothing. Paper: value-model.
-    # Most of a score's spread is between queries, of which comparisons say nothing; with 24 updates to learn it in, a
-    # value model stays behind the mean of seven other responses.
+    # In the default run the mean of seven other responses does as well as a value model, with one model less to train.
     baseline: Literal["group", "batch", "none", "value-model", "value-head"] = "group"
     whiten_rewards: bool = False  # Scale the rewards to variance 1, mean unshifted [D16]. Paper: no.
     whiten_advantages: bool = True  # Advantages to mean 0, variance 1 over the batch [D16]. Paper: yes.
