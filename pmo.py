@@ -557,7 +557,7 @@ def natural_step(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine:
         set_parameters(parameters, theta)
         policy.zero_grad()
         loss = accumulate(engine, rollout, losses)["loss"].item()
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]  # some are not for this
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]  # some may be unused
         engine.all_reduce(gradients)
         return loss, nn.utils.parameters_to_vector(gradients)
 
@@ -1458,6 +1458,7 @@ class Codec:
         return [query for query, (_, times) in zip(queries, repeats) for _ in range(times)]
 
     def cut_query(self, post: Post) -> list[int]:
+        @lru_cache  # the empty post is asked for twice, and what fits at last
         def tokens(text: str) -> list[int]:
             return self.uncut([post._replace(post=text)])[0]
 
