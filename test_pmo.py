@@ -4498,15 +4498,16 @@ def test_shown_samples_belong_to_their_models():
         run = impl.Run(replace(config, data=replace(config.data, response_tokens=T)))
         models, codec = models_of(run), run.codec("sft")
         models = models._replace(policy=impl.load_policy(folder / "ppo"))
-        impl.show_sample(run, 3, posts, codec, models)
+        impl.show_sample(run, 6, posts, codec, models)
         record = json.loads((run.folder / "samples.jsonl").read_text())
-        queries, noise = codec.queries([posts[3]]), impl.noise(1, "show", [3], T)
-        written = {"author": codec.responses([posts[3].summary])}
+        queries, noise = codec.queries([posts[6]]), impl.noise(1, "show", [6], T)
+        written = {"author": codec.responses([posts[6].summary])}
         for name, policy in (("sft", models.ref_policy), ("ppo", models.policy)):
             written[name] = impl.sample(policy, queries, noise, 0.01, codec.eos_id, engine())
         assert written["sft"] != written["ppo"] or T < 16, "the example needs two models that write different things"
         for name in ("sft", "ppo"):
             assert (written[name][0][-1] == codec.eos_id) == (T == 16), "they should end, or not, in time"
+        assert written["ppo"] != written["author"], "the example needs a text that is not the author's"
         for name, responses in written.items():
             assert record[name] == codec.text(responses[0])
             score = impl.scores_of(models.reward_model, impl.Batch(queries, responses), engine()).item()
