@@ -225,7 +225,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float) -> Tensor:  # (B, T)
     """½ max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²) [3; 4; D18; the clip is OpenAI baselines'], unreduced."""
-    clipped = old_values + (values - old_values).clamp(-cliprange_value, cliprange_value)
+    clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # unmoved if near: to the bit
     return torch.max((values - returns).square(), (clipped - returns).square()) / 2
 
 
