@@ -551,7 +551,7 @@ def natural_step(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine:
         """Mean (of `PPO.average`'s kinds) of loss_of(logprobs, part) at theta, and its gradient (N,)."""
 
         def losses(part: Rollout, whole: Rollout) -> dict[str, Tensor]:
-            logprobs = response_logprobs(policy, part.layout, config.temperature).masked_fill(~part.mask, 0)
+            logprobs = response_logprobs(policy, part.layout, config.temperature)
             return {"loss": minibatch_share(loss_of(logprobs, part), part.mask, whole.mask, how, whole.room)}
 
         set_parameters(parameters, theta)
@@ -2898,6 +2898,10 @@ class Run:
         self.say(f"{engine.world} x {engine.device.type} ({place}), {precision}, seed {config.seed}, in {self.folder}")
         if "ppo" in config.stages and (left := config.ppo.total_episodes % config.ppo.batch_size):
             self.say(f"note: --ppo.total-episodes {config.ppo.total_episodes}: the last {left} are no whole batch")
+        learning = [each for each in ("sft", "reward", "ppo") if each in config.stages and not config.is_given(each)]
+        rates = [f"--{each}.lr" for each in learning if getattr(config, each).lr == getattr(Config(), each).lr]
+        if rates and (config.model or config.sft_model):
+            self.say(f"note: {', '.join(rates)}: for small models from scratch; a pretrained one wants a hundredth")
         for folder in config.from_run:
             was, now = stored(folder)["config"].get("data", {}), asdict(config.data)
             for name in ("query_tokens", "response_tokens", "query_format"):

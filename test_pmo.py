@@ -4685,6 +4685,24 @@ def test_episodes_left_over_are_said():
 
 
 @law(
+    "who trains a model of his own with the learning rates of the small one is told which",
+    "README: your own data and models", *RUN_NEEDS, "Run",
+)  # fmt: skip
+def test_high_rates_for_a_given_model_are_said():
+    base = str(finished_run() / "base")
+    for i, (models, rates, told) in enumerate((
+        ({"model": base}, {}, "--sft.lr, --reward.lr, --ppo.lr"), ({"sft_model": base}, {}, "--reward.lr, --ppo.lr"),
+        ({"model": base}, {"sft": impl.SFT(lr=1e-5), "ppo": impl.PPO(lr=1e-6)}, "--reward.lr"), ({}, {}, ""),
+    )):  # fmt: skip
+        config = tiny_config(f"rates {i}", **models, **rates)
+        run = impl.Run(replace(config, reward=impl.Reward(), stages=("sft", "reward", "ppo")))
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            run.introduce()
+        notes = [line for line in said.getvalue().splitlines() if "from scratch" in line]
+        assert [note.partition(": for")[0] for note in notes] == ([f"note: {told}"] if told else [])
+
+
+@law(
     "a run that is refused before anything was made leaves no folder; one that made something, or goes on, keeps it",
     "README: resume", *RUN_NEEDS,
 )  # fmt: skip
@@ -6612,6 +6630,11 @@ def test_a_natural_step_stays_within_the_trust_region():
     means = [gained.sum(1) / rollout.mask.sum(1), gained.sum() / rollout.mask.sum()]
     assert told["policy/surrogate_gain"] == pytest.approx(means[0].mean().item(), abs=1e-5)
     assert abs(means[0].mean() - means[1]) > 1e-4
+    read = impl.response_logprobs
+    with pytest.MonkeyPatch.context() as patch:  # whatever stands in padding: exp(1000) is infinite
+        patch.setattr(impl, "response_logprobs", lambda *args: read(*args) - 1000.0 * ~args[1].mask)
+        again = impl.natural_step(tiny_models("neox").policy, rollout, replace(config, average="sequence"), engine(20))
+    assert again == pytest.approx(told, rel=1e-5)
     start = [p.clone() for p in models.policy.parameters()]
     hopeless = replace(rollout, advantages=torch.zeros_like(rollout.advantages))
     assert impl.natural_step(models.policy, hopeless, config, engine())["policy/surrogate_gain"] == 0
@@ -6752,6 +6775,7 @@ def test_update_statistics_are_what_their_names_say():
 
 
 CONSTRAINT = {"objective": "constraint", "target_kl": 0.003}
+ADAPTIVE = {"objective": "adaptive", "target_kl": 1e-5}
 
 
 def family_config(name: str, compute: object | None = None, **changes: object):
@@ -6767,12 +6791,11 @@ def family_config(name: str, compute: object | None = None, **changes: object):
 )  # fmt: skip
 def test_every_member_of_the_family_runs():
     members = {
+        "ptx": {"ptx_coef": 0.5}, "constant": {"average": "constant"}, "adaptive": ADAPTIVE,  # whose bugs nothing else finds
         "value-head": {"baseline": "value-head"}, "group": {"baseline": "group", "responses_per_query": 4},
         "batch": {"baseline": "batch"}, "none": {"baseline": "none"}, "unclipped": {"objective": "unclipped"},
-        "penalty": {"objective": "penalty", "penalty_coef": 0.5}, "adaptive": {"objective": "adaptive", "target_kl": 1e-5},
+        "penalty": {"objective": "penalty", "penalty_coef": 0.5}, "value-model": {},
         "constraint": CONSTRAINT, "constraint, group": CONSTRAINT | {"baseline": "group", "responses_per_query": 4},
-        "ptx": {"ptx_coef": 0.5},
-        "constant": {"average": "constant"}, "value-model": {},
     }  # fmt: skip
     said: list[str] = []
     for name, changes in members.items():
@@ -6847,8 +6870,8 @@ def test_a_round_adds_the_new_policys_comparisons():
 
 
 @law(
-    "a sweep is one run for each value (True and False of a switch), in folders named by it, and one table, whose figures are those of the metrics and of "
-    "eval.json; a flag or a value that is refused is refused before the first run",
+    "a sweep is one run for each value, in folders named by it, and one table, whose figures are those of the metrics and of "
+    "eval.json",
     "[1] section 6", *RUN_NEEDS, "sweep", "outcome",
 )  # fmt: skip
 def test_a_sweep_makes_one_table_of_runs():
@@ -6871,18 +6894,33 @@ def test_a_sweep_makes_one_table_of_runs():
         for pair in ("PPO T=0.01 against SFT T=0.01", "PPO T=0.7 against SFT T=0.7"):
             expected += [f"{mean:.3f} ± {(high - low) / 2:.3f}" for mean, low, high in figures[pair].values()]
         assert " ".join(row.split()[1:]) == " ".join(expected)
+
+
+@law(
+    "a flag, a value or a folder that is refused is refused before the first run of a sweep",
+    "[1] section 6", *RUN_NEEDS, "sweep",
+)  # fmt: skip
+def test_a_sweep_refuses_before_its_first_run():
+    config = replace(family_config("refused sweep"), sweep=("ppo.objective", "clip", "penalty"))
     for wrong in (("ppo.nothing", "1"), ("ppo.objective", "clip", "nothing")):
         with contextlib.redirect_stderr(io.StringIO()), pytest.raises(SystemExit):
-            impl.sweep(replace(config, folder=config.folder.with_name("refused sweep"), sweep=wrong))
-    impossible = replace(config, folder=config.folder.with_name("refused sweep"), sweep=("ppo.batch-size", "16", "15"))
+            impl.sweep(replace(config, sweep=wrong))
+    impossible = replace(config, sweep=("ppo.batch-size", "16", "15"))
     with contextlib.redirect_stderr(io.StringIO()), pytest.raises((SystemExit, impl.InputError)):
         impl.sweep(impossible)
-    there = config.folder.with_name("refused sweep-penalty")  # of the last value: known before the first one runs
+    there = config.folder.with_name("family refused sweep-penalty")  # the last value's
     there.mkdir()
-    assert str(there) in config_error(
-        lambda: impl.sweep(replace(config, folder=config.folder.with_name("refused sweep")))
-    )
-    assert list(config.folder.parent.glob("refused sweep*")) == [there]
+    assert str(there) in config_error(lambda: impl.sweep(config))
+    assert list(config.folder.parent.glob("family refused sweep*")) == [there]
+
+
+@law(
+    "a switch is swept by True and False; without PPO the table shows the other stages' own figures",
+    "[1] section 6", *RUN_NEEDS, "sweep", "outcome",
+)  # fmt: skip
+def test_a_sweep_is_of_switches_and_of_other_stages_too():
+    config = family_config("switched")
+    config = replace(config, ppo=replace(config.ppo, total_episodes=16))
     switched = replace(config, sweep=("ppo.whiten-advantages", "True", "False"), stages=("ppo",))
     without = replace(config, folder=config.folder.with_name("sft swept"), sweep=("sft.lr", "0.001"), stages=("sft",))
     with contextlib.redirect_stdout(io.StringIO()) as said, watching("start") as calls:
@@ -6894,7 +6932,6 @@ def test_a_sweep_makes_one_table_of_runs():
     assert title.split() == ["sft.lr", "sft", "valid/loss"] and row.split() == ["0.001", f"{loss:.3f}"]
 
 
-ADAPTIVE = {"objective": "adaptive", "target_kl": 1e-5}
 IN_GROUPS = {"baseline": "group", "responses_per_query": 4, "ptx_coef": 0.5}
 
 
@@ -7577,6 +7614,8 @@ MUTANTS = [
     Mutant("twice is repetitive", "test_invented_words_and_repetitions_are_counted", "count >= 3 and", "count >= 2 and"),
     Mutant("any word is repetitive", "test_invented_words_and_repetitions_are_counted", "count >= 3 and self.rarity(word)", "count >= 3"),
     Mutant("length is no matter", "test_the_verdict_claims_no_more_than_its_intervals", "<= 0.1 * y[", "<= 1.0 * y["),
+    Mutant("only whoever gives the SFT model hears of rates", "test_high_rates_for_a_given_model_are_said", "if rates and (config.model or config.sft_model):", "if rates and config.sft_model:"),
+    Mutant("rates of stages that do not run are said", "test_high_rates_for_a_given_model_are_said", 'if each in config.stages and not config.is_given(each)]\n        rates', 'if each in config.stages]\n        rates'),
     Mutant("episodes are left out silently", "test_episodes_left_over_are_said", "config.ppo.total_episodes % config.ppo.batch_size)", "0)"),
     Mutant("curves are of another run", "test_ppo_ends_with_its_curves", "self.say(sparklines(logged(self.folder)))", "self.say(sparklines([]))"),
     Mutant("a share's interval is the normal one", "test_shares_have_wilsons_interval", "p * (1 - p) / n + z * z / (4 * n * n))", "p * (1 - p) / n)"),
@@ -7644,9 +7683,9 @@ MUTANTS = [
     Mutant("compared texts keep an EOS that is spelled out", "test_records_of_every_form_are_read", 'text.removesuffix("<|endoftext|>") for name', "text for name"),
     Mutant("posts with other answers are other posts", "test_comparisons_of_a_post_are_cut_once", "groupby(posts, key=lambda post: post._replace(record=None))", "groupby(posts)"),
     Mutant("what a rule imports when it is called is not found", "test_users_functions_fail_in_one_line", "sys.path.extend({here} - {*sys.path})", "pass"),
-    Mutant("a sweep finds a taken folder when it comes to it", "test_a_sweep_makes_one_table_of_runs", 'refuse(folder.exists(), f"--folder {base}', 'refuse(False, f"--folder {base}'),
-    Mutant("a switch is always on in a sweep", "test_a_sweep_makes_one_table_of_runs", r'r"no-\g<0>"', r'r"\g<0>"'),
-    Mutant("a sweep of SFT shows the loss of other posts", "test_a_sweep_makes_one_table_of_runs", '("sft", "valid/loss")', '("sft", "valid/loss_other_post")'),
+    Mutant("a sweep finds a taken folder when it comes to it", "test_a_sweep_refuses_before_its_first_run", 'refuse(folder.exists(), f"--folder {base}', 'refuse(False, f"--folder {base}'),
+    Mutant("a switch is always on in a sweep", "test_a_sweep_is_of_switches_and_of_other_stages_too", r'r"no-\g<0>"', r'r"\g<0>"'),
+    Mutant("a sweep of SFT shows the loss of other posts", "test_a_sweep_is_of_switches_and_of_other_stages_too", '("sft", "valid/loss")', '("sft", "valid/loss_other_post")'),
     Mutant("without summaries nothing is advised", "test_records_of_all_kinds_are_read_or_told", "text + needed", "text"),
     Mutant("comparisons of one post are cut each by itself", "test_comparisons_of_a_post_are_cut_once", "(post, len(list(same))) for post, same in by_text]", "(post, 1) for post in posts]"),
     Mutant("a query stands for all that follow", "test_comparisons_of_a_post_are_cut_once", "for _ in range(times)]", "for _ in range(1)]"),
@@ -7707,7 +7746,7 @@ MUTANTS = [
     Mutant("a new round forgets the old", "test_a_round_adds_the_new_policys_comparisons", "records += read_records(earlier, dict)[0]", "pass"),
     Mutant("a new round asks the old policy", "test_a_round_adds_the_new_policys_comparisons", "load_policy(run.path(writer))", 'load_policy(run.path("sft"))'),
     Mutant("old comparisons are held out again", "test_a_round_adds_the_new_policys_comparisons", 'if writer == "ppo" and split == "train":', 'if writer == "ppo":'),
-    Mutant("a sweep checks values as it comes to them", "test_a_sweep_makes_one_table_of_runs", 'runs = [tyro.cli(Config, args=args, default=replace(config, sweep=())) for args in given]', 'runs = (tyro.cli(Config, args=args, default=replace(config, sweep=())) for args in given)'),
+    Mutant("a sweep checks values as it comes to them", "test_a_sweep_refuses_before_its_first_run", 'runs = [tyro.cli(Config, args=args, default=replace(config, sweep=())) for args in given]', 'runs = (tyro.cli(Config, args=args, default=replace(config, sweep=())) for args in given)'),
     Mutant("a sweep's last scores are all of them", "test_a_sweep_makes_one_table_of_runs", '("at the end", "scores", 0.1)', '("at the end", "scores", 1.0)'),
     Mutant("a sweep's intervals are twice as wide", "test_a_sweep_makes_one_table_of_runs", "± {(high - low) / 2:.3f}", "± {high - low:.3f}"),
     Mutant("a sweep runs its first value only", "test_a_sweep_makes_one_table_of_runs", "start(replace(r, folder", "start(replace(runs[0], folder"),
