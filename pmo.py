@@ -282,7 +282,8 @@ def ppo(run: Run) -> None:
     demonstrations = read_examples(run, "train", codec) if config.ptx_coef else None
     share = run.can_share(queries, config.responses_per_query, *models)
     optimizer = adamw(run.config.optimizer, (models.policy, config.lr), (models.value_model, config.value_lr))
-    for update in run.steps("ppo", config.num_updates, optimizer, **models.learned()):
+    learned = {"policy": models.policy, "value_model": models.value_model}
+    for update in run.steps("ppo", config.num_updates, optimizer, **learned):
         set_lr(optimizer, 1 - update / config.num_updates)  # linear to 0 [D21]
         config = config.after(history)
         episodes = range(update * config.batch_size, (update + 1) * config.batch_size)
@@ -326,9 +327,6 @@ class Models(NamedTuple):
     value_model: ScalarModel | ValueHead | None  # None: the baseline is not learned
     ref_policy: PreTrainedModel
     reward_model: Scorer
-
-    def learned(self) -> dict[str, nn.Module]:
-        return {"policy": self.policy} | ({"value_model": self.value_model} if self.value_model is not None else {})
 
 
 RewardFunction = Callable[[str, str, dict], float]  # a rule: of post, response, and the post's record in the data file
@@ -547,7 +545,7 @@ def natural_step(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine:
     parameters = list(policy.parameters())
     start = nn.utils.parameters_to_vector(parameters).detach()
 
-    def mean_of(loss_of: Callable[[Tensor, Rollout], Tensor], theta: Tensor, how: str) -> tuple[float, Tensor]:
+    def mean_of(loss_of: Callable[[Tensor, Rollout], Tensor], how: str, theta: Tensor) -> tuple[float, Tensor]:
         """Mean (of `PPO.average`'s kinds) of loss_of(logprobs, part) at theta, and its gradient (N,)."""
 
         def losses(part: Rollout, whole: Rollout) -> dict[str, Tensor]:
@@ -561,13 +559,11 @@ def natural_step(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine:
         engine.all_reduce(gradients)
         return loss, nn.utils.parameters_to_vector(gradients)
 
-    def surrogate(theta: Tensor) -> tuple[float, Tensor]:
-        return mean_of(lambda new, x: policy_loss(new, x.logprobs, x.advantages, math.inf), theta, config.average)
-
     def fisher(v: Tensor) -> Tensor:
         h = 0.01 / v.norm()
-        return mean_of(lambda new, x: kl_estimate(x.logprobs, new, "k3"), start + h * v, "token")[1] / h
+        return mean_of(lambda new, x: kl_estimate(x.logprobs, new, "k3"), "token", start + h * v)[1] / h
 
+    surrogate = partial(mean_of, lambda new, x: policy_loss(new, x.logprobs, x.advantages, math.inf), config.average)
     loss, gradient = surrogate(start)
     x = conjugate_gradients(fisher, -gradient)
     step = (2 * config.target_kl / (x @ fisher(x))).sqrt() * x
@@ -658,11 +654,10 @@ def step_statistics(steps: list[dict[str, float]]) -> dict[str, float]:
 def load_models(run: Run, codec: Codec, posts: Sequence[Post], queries: Sequence[list[int]]) -> Models:
     """Policy and reference from SFT; the value model from the reward model [D10], under a rule from SFT with w = 0."""
     config, place, sft_folder = run.config.ppo, run.engine.place, run.path("sft")
-    policy = place(lambda: load_policy(sft_folder))
-    check_room(policy, run.config.data)
+    policy = policy_of(run, sft_folder)
     if config.ref_model is not None:
         check_tokenizer(run, config.ref_model)
-    ref_policy = place(lambda: load_policy(config.ref_model or sft_folder).requires_grad_(False))
+    ref_policy = policy_of(run, config.ref_model or sft_folder).requires_grad_(False)
     reward_model, value_model = load_scorer(run), None
     if config.baseline == "value-head":
         value_model = place(lambda: ValueHead(policy.get_output_embeddings().weight.shape[1]))
@@ -682,6 +677,13 @@ def load_models(run: Run, codec: Codec, posts: Sequence[Post], queries: Sequence
     return Models(policy, value_model, ref_policy, reward_model)
 
 
+def policy_of(run: Run, folder: str | Path) -> PreTrainedModel:
+    """On this process's device; refused where it has not the positions for the run's texts."""
+    policy = run.engine.place(lambda: load_policy(folder))
+    check_room(policy, run.config.data)
+    return policy
+
+
 def load_scorer(run: Run) -> Scorer:
     """What PPO is trained on: a frozen reward model, or a rule [7]."""
     if run.config.ppo.reward_function is not None:
@@ -691,7 +693,9 @@ def load_scorer(run: Run) -> Scorer:
 
 def load_reward_model(run: Run, folder: str | Path) -> ScalarModel:
     check_tokenizer(run, folder)
-    return run.engine.place(lambda: ScalarModel.load(folder).requires_grad_(False))
+    scorer = run.engine.place(lambda: ScalarModel.load(folder).requires_grad_(False))
+    check_room(scorer.classifier, run.config.data)
+    return scorer
 
 
 # -----------------------------------------------------------------------------
@@ -701,8 +705,7 @@ def load_reward_model(run: Run, folder: str | Path) -> ScalarModel:
 def sft(run: Run) -> None:
     """Supervised fine-tuning: −log π(summary and EOS | query), so that it learns to stop, too [D4, D6]."""
     codec = run.codec("base")
-    model = run.engine.place(lambda: load_policy(run.path("base")))
-    check_room(model, run.config.data)
+    model = policy_of(run, run.path("base"))
     train, valid = read_examples(run, "train", codec), read_examples(run, "valid", codec)
     train_language_model(run, "sft", model, train, run.config.sft.prompt_weight, cosine)
     right = held_out_loss(model, valid, run.engine)
@@ -1373,12 +1376,9 @@ def rng(seed: int, purpose: str, *address: int) -> np.random.Generator:
 
 def shuffled(seed: int, purpose: str, n: int, start: int, stop: int) -> list[int]:
     """Positions start to stop of an endless sequence of permutations of range(n), a fresh one each epoch [D19, D25]."""
-    if stop <= start:
-        return []
     epochs = range(start // n, (stop - 1) // n + 1)
-    order = np.concatenate([rng(seed, purpose, epoch).permutation(n) for epoch in epochs])
-    first = epochs.start * n
-    return order[start - first : stop - first].tolist()
+    order = [i for epoch in epochs for i in rng(seed, purpose, epoch).permutation(n).tolist()]
+    return order[start % n : start % n + stop - start]
 
 
 def pick(seed: int, purpose: str, n: int, episodes: range, G: int = 1) -> list[int]:
@@ -1588,11 +1588,10 @@ def parse_comparison(record: dict) -> Comparison:
         refuse(not pair, "field 'summaries' is not two objects")
         refuse(type(choice) is not int or choice not in (0, 1), f"field 'choice' is {choice!r}, must be 0 or 1")
         extra = record["extra"] if isinstance(record.get("extra"), dict) else {}
+        sure = None if extra.get("confidence") is None else f"confidence {extra['confidence']}"
         policies = " vs ".join(sorted(str(summary.get("policy", "unknown")) for summary in summaries))
-        of = {"policy": policies, "batch": record.get("batch"), "confidence": extra.get("confidence")}
+        of = {"policy": policies, "batch": record.get("batch"), "confidence": sure}
         kinds = [text_field({name: str(kind)}, name) for name, kind in of.items() if kind is not None]
-        if of["confidence"] is not None:
-            kinds[-1] = f"confidence {kinds[-1]}"
         info = {name: value for name, value in info.items() if value is not None}  # the Hub's copies have all names
         if "article" in info and "post" not in info:
             info, kinds = {"subreddit": "news", "title": "", "post": info["article"]} | info, [*kinds, "news articles"]
@@ -1649,9 +1648,11 @@ def lines_of(path: Path) -> AbstractContextManager[Iterable[bytes | dict]]:
 
 def read_records(path: Path, parse: Callable[[dict], NamedTuple]) -> tuple[list, list[str]]:
     """Parsed records of a file, and complaints about what was left out: file, line, field."""
-    records, unusable, bad, line = [], [], 0, b""
+    records, unusable, bad = [], [], 0
     with one_line(str(path)), lines_of(path) as lines:
         for number, line in enumerate(lines, start=1):
+            if isinstance(line, bytes) and line.isspace():  # many a program writes some at the end
+                continue
             try:
                 encoding = "utf-8-sig" if number == 1 else "utf-8"
                 record = line if isinstance(line, dict) else json.loads(line.decode(encoding))
@@ -1662,8 +1663,6 @@ def read_records(path: Path, parse: Callable[[dict], NamedTuple]) -> tuple[list,
                 unusable += [f"line {number}: {error}"] if bad <= 3 else []
             if bad > 10_000 + len(records):  # it may have no end
                 break
-    if bad and isinstance(line, bytes) and line.isspace():  # the last: many a program writes one
-        bad, unusable = bad - 1, unusable[: bad - 1]
     complaint = f"{path}: {bad:,} of {bad + len(records):,} records are unusable: {'; '.join(unusable)}"
     refuse(bad > 0.01 * (bad + len(records)), f"{complaint} (at most 1% may be)")
     refuse(not records, f"{path}: no records")
@@ -1693,9 +1692,7 @@ def evaluate(run: Run) -> None:
     codec = run.codec("sft")
     posts, queries = (x[: config.evaluate.posts] for x in read_prompts(run, "test", codec))
     check_tokenizer(run, run.path("ppo"))
-    policies = {name: engine.place(partial(load_policy, run.path(name.lower()))) for name in ("SFT", "PPO")}
-    for policy in policies.values():
-        check_room(policy, config.data)
+    policies = {name: policy_of(run, run.path(name.lower())) for name in ("SFT", "PPO")}
     scorers = {"score": load_scorer(run)}
     if Path(judge).is_dir():
         scorers["judge"] = load_reward_model(run, judge)
@@ -1881,12 +1878,9 @@ def bad_signs(history: list[dict[str, float]]) -> Iterator[str]:
     if last["policy/clipfrac"] > 0.5:
         yield "over half of the tokens are clipped: the step is too large, lower --ppo.lr"
     if quarter >= 2 and "objective/labeler" in last:
-
-        def rise(name: str) -> float:
-            values = [update[f"objective/{name}"] for update in history]
-            return (sum(values[-quarter:]) - sum(values[:quarter])) / quarter
-
-        if rise("raw_scores") > 0 and rise("labeler") < -0.02:
+        curves = ([update[f"objective/{name}"] for update in history] for name in ("raw_scores", "labeler"))
+        score_rise, label_rise = ((sum(curve[-quarter:]) - sum(curve[:quarter])) / quarter for curve in curves)
+        if score_rise > 0 and label_rise < -0.02:
             yield "scores rise while the labeler's fall: reward hacking, raise --ppo.kl-coef"
 
 
@@ -1902,9 +1896,8 @@ def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: 
     record = {"update": update} | post.fields()
     run.say(headline(post))
     for name, responses in written.items():
-        score = outcome_scores(models.reward_model, [post], codec, engine, Batch(queries, responses))
-        has_eos = torch.tensor([responses[0][-1] == codec.eos_id], device=score.device)
-        score = penalize_missing_eos(score, has_eos, config.ppo.missing_eos_score).item()
+        score = outcome_scores(models.reward_model, [post], codec, engine, Batch(queries, responses)).item()
+        score = score if responses[0][-1] == codec.eos_id else config.ppo.missing_eos_score  # [D12]
         record |= {name: codec.text(responses[0]), f"{name}_score": score}
         run.say(f"    {name:7} {score:6.2f}  {record[name]}")
     run.append("samples.jsonl", record)
@@ -2074,9 +2067,7 @@ def small_model(size: Pretrain, tokenizer: PreTrainedTokenizerBase, seed: int) -
         max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
         tie_word_embeddings=True,
-        eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
     model = GPTNeoXForCausalLM(config)
     for i, (name, weight) in enumerate(model.named_parameters()):
@@ -2103,8 +2094,7 @@ def compare(run: Run) -> None:
     """Comparisons where the user has none: the labeler judges samples of the SFT model."""
     config, seed, K, T = run.config, run.config.seed, run.config.compare.samples, run.config.data.response_tokens
     writer, tie, codec = config.compare.policy, config.compare.tie, run.codec("sft")
-    policy = run.engine.place(lambda: load_policy(run.path(writer)))
-    check_room(policy, config.data)
+    policy = policy_of(run, run.path(writer))
     labeler = Labeler(read_posts(run, "train"))
     share = run.can_share(read_prompts(run, "valid", codec)[1], K, policy)
     for split, limit in (("train", config.compare.posts), ("valid", None)):
@@ -2454,6 +2444,8 @@ class Config:
         refuse("post" not in fields, "--data.query-format has no {post} in it")
         for name in fields - {"subreddit", "title", "post"}:
             refuse(True, f"--data.query-format: posts have no {{{name}}}")
+        with one_line(f"--data.query-format {data.query_format!r}"):
+            data.query_format.format(subreddit="", title="", post="")
         for whole, part in (("--pretrain.width", "--pretrain.heads"), ("--ppo.batch-size", "--ppo.num-minibatches")):
             refuse(flags[whole] % flags[part] != 0, f"{whole} {flags[whole]} is not a multiple of {part} {flags[part]}")
         size, G = ppo.batch_size // ppo.num_minibatches, ppo.responses_per_query
@@ -2478,8 +2470,7 @@ class Config:
         refuse(list(self.stages) != order, f"--stages {asked}: they run in the order {' '.join(STAGES)}, once each")
         to_do = [stage for stage in self.stages if not self.is_given(stage)]
         refuse(not to_do, f"--stages {asked}: nothing to do, all that they make is given by other flags")
-        from_nothing = bool(self.from_run) and len(order) == len(STAGES)
-        refuse(from_nothing, "--from-run needs --stages: which, from what it holds?")
+        refuse(bool(self.from_run) and order == [*STAGES], "--from-run needs --stages: which, from what it holds?")
 
     def is_given(self, stage: str) -> bool:
         """Whether the user brings what this stage would make."""
@@ -2525,8 +2516,6 @@ def check_numbers(config: Config) -> None:
 
 # -----------------------------------------------------------------------------
 # 9 runtime: devices and processes; the run's folder, log and checkpoints; models and functions that users bring.
-#
-# No algorithm.
 
 
 @dataclass(frozen=True)
@@ -2689,7 +2678,7 @@ class Run:
         self.said: set[str] = set()
         self.bar = tqdm(disable=True)
         # What is finished, how long the logs are; within a stage its name, the next step, and "model" and "optim".
-        self.progress: dict = {"finished": [], "sizes": dict.fromkeys(LOGS, 0), "stage": "", "step": 0}
+        self.progress: dict = {"finished": [], "stage": "", "step": 0}
         inputs = self.engine.once(fingerprints, config)
         self.folder = config.resume or self.engine.once(fresh_folder, config.folder)
         record, changes = continued(self.folder, config) if config.resume else (provenance(config), [])
@@ -2700,7 +2689,7 @@ class Run:
             others = [path for path, was in self.progress.get("inputs", {}).items() if inputs.get(path) != was]
             refuse(bool(others), f"--resume {self.folder}: {' '.join(others)} is not what it was when the run began")
         else:
-            self.save_progress(self.progress | {"inputs": inputs})
+            self.save_progress({"inputs": inputs})
         self.write("config.json", partial(write_json, record))
         self.writer = None
         if config.track and self.engine.rank == 0:
@@ -3046,12 +3035,9 @@ def arguments_of(folder: Path) -> list[str]:
     arguments = []
     for flag, value in flags_of(stored(folder)["config"]).items():
         if isinstance(value, bool):
-            section, _, name = flag.rpartition(".")
-            arguments.append(flag if value else f"{section}.no-{name}" if section else f"--no-{flag[2:]}")
-        elif isinstance(value, list):
-            arguments += [flag, *map(str, value)] if value else []
-        elif value is not None and flag not in ("--folder", "--resume"):
-            arguments += [flag, str(value)]
+            arguments.append(flag if value else re.sub(r"[^.-][^.]*$", r"no-\g<0>", flag))
+        elif value not in (None, []) and flag not in ("--folder", "--resume"):  # "=": a value may begin with a dash
+            arguments += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
     return arguments
 
 
@@ -3287,6 +3273,7 @@ def sweep(config: Config) -> None:
     runs = [tyro.cli(Config, args=args, default=replace(config, sweep=())) for args in given]
     base, names = config.folder or Path("runs") / flag, [re.sub(r"[^\w.+-]+", "-", value) for value in values]
     folders = [base.with_name(f"{base.name}-{name}") for name in names]  # a value may be a path
+    refuse(len({*folders}) < len(folders), f"--sweep {flag}: two values, one folder: {' '.join(map(str, folders))}")
     first = os.environ.get("RANK", "0") == "0"
     for folder in folders if first else ():  # all of them now, not the last one after hours
         refuse(folder.exists(), f"--folder {base}: {folder} exists; choose another, or remove it")

@@ -2603,7 +2603,7 @@ def test_a_run_logs_finite_numbers_and_ratio_one():
     "PPO changes neither the SFT model, which is its reference, nor the reward model, bit for bit",
     "[4]: reference and reward model are frozen", *RUN_NEEDS, "ppo", "load_models",
 )  # fmt: skip
-def test_frozen_models_stay_frozen():
+def test_scorers_stay_frozen():
     folder = finished_run()
     files = {p: p.read_bytes() for name in ("sft", "reward") for p in (folder / name).iterdir()}
     models = watched(stage_config("again", "ppo"), "load_models")["load_models"][0][1]
@@ -3324,6 +3324,26 @@ def test_room_is_needed_for_responses_and_comparisons():
         assert "40" in message and "25" in message and "64" in message
 
 
+@law(
+    "policy, reference, reward model and judge need these positions, whoever gives them",
+    "absolute positions end", *RUN_NEEDS, "check_room", "load_models", "load_reward_model",
+)  # fmt: skip
+def test_every_model_of_a_run_needs_room():
+    short = {}
+    for kind in ("sft", "reward"):
+        short[kind] = str(shutil.copytree(finished_run() / kind, workshop() / f"short {kind}"))
+        config = json.loads(Path(short[kind], "config.json").read_text()) | {"max_position_embeddings": 79}
+        Path(short[kind], "config.json").write_text(json.dumps(config))
+    for i, (stage, kind, changes) in enumerate((
+        ("sft", "sft", {"model": short["sft"]}), ("compare", "sft", {"sft_model": short["sft"]}),
+        ("ppo", "sft", {"sft_model": short["sft"]}), ("ppo", "sft", {"ppo": ppo_config(ref_model=short["sft"])}),
+        ("ppo", "reward", {"reward_model": short["reward"]}), ("evaluate", "sft", {"ppo_model": short["sft"]}),
+        ("evaluate", "reward", {"evaluate": impl.Evaluate(judge=short["reward"])}),
+    )):  # fmt: skip
+        config = stage_config(f"short {i}", stage, **changes)
+        assert f"need 80 positions, {short[kind]} has 79" in config_error(lambda config=config: impl.start(config))
+
+
 # rules, judges, data as users have it
 
 
@@ -3814,6 +3834,7 @@ def test_contradictions_are_refused_with_both_numbers():
         ("--data.comparisons-valid", {"data": impl.Data(comparisons_train=x)}),
         ("{post}", {"data": impl.Data(query_format="nothing")}),
         ("{heading}", {"data": impl.Data(query_format="{heading} {post}")}),
+        ("--data.query-format '{post:d}' | format code 'd'", {"data": impl.Data(query_format="{post:d}")}),
         ("--stages sft | nothing to do", {"stages": ("sft",), "sft_model": "x"}),
         ("--stages reward | nothing to do", {"stages": ("reward",), "ppo": ppo_config(reward_function="a:b")}),
         ("--stages | nothing to do", {"stages": ()}),
@@ -4473,7 +4494,7 @@ def test_broken_records_are_counted_or_refused():
     packed = workshop() / "packed.jsonl.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
     assert impl.read_records(packed, impl.parse_post)[0] == records
-    for broken in (b"\xff\xfe", b"[1, 2]", b'{"title": 3}', b"[" * 100_000, b""):
+    for broken in (b"\xff\xfe", b"[1, 2]", b'{"title": 3}', b"[" * 100_000):
         path.write_bytes(b"\n".join([good] * 20 + [broken] + [good]))
         with pytest.raises(impl.InputError, match="1 of 22 records are unusable: line 21"):
             impl.read_records(path, impl.parse_post)
@@ -5059,7 +5080,7 @@ def test_resuming_takes_up_the_runs_flags():
     unusual = impl.Config(
         stages=("sft", "ppo", "evaluate"), folder=workshop() / "runs" / "unusual", from_run=(whole, whole), model=str(whole / "base"),
         seed=0, track=False, sft=impl.SFT(epochs=0.1, prompt_weight=0.0),
-        data=impl.Data(train=train, valid=valid, test=valid, query_format='-"{post}"\n\n$HOME {title} é'),
+        data=impl.Data(train=train, valid=valid, test=valid, query_format='-x "{post}"\n\n$HOME {title} é'),
         ppo=ppo_config(kl_estimator="k3", kl_in="loss", missing_eos_score=-0.25, whiten_rewards=True, whiten_advantages=False,
                      max_kl=3.5, lr=1e-6, reward_function="toy_rules:names_it"),
         optimizer=impl.Optimizer(max_grad_norm=0.0), compute=impl.Compute(device="cpu", precision="float32"),
@@ -6030,7 +6051,7 @@ def test_a_full_disk_is_told_whoever_writes():
 
 
 @law(
-    "records without information are left out and counted; a byte-order mark and a blank line at the end are none; lines that "
+    "records without information are left out and counted; a byte-order mark and blank lines are none; lines that "
     "are no records cost no memory, and texts beyond all measure no time",
     "README: your own data", *RUN_NEEDS, "read_records", "read_examples", "Codec",
 )  # fmt: skip
@@ -6040,15 +6061,15 @@ def test_records_of_all_kinds_are_read_or_told():
     for content in (
         lines,
         b"\xef\xbb\xbf" + lines,
-        lines + b"\n",
+        lines.replace(b"\n", b"\n\n"),
         b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n") + b"  \n",
     ):
         path.write_bytes(content)
         records, complaints = impl.read_records(path, impl.parse_post)
         assert [record.fields() for record in records] == [post.fields() for post in posts] and complaints == []
-    path.write_bytes(b"\n" * 2_000_000)
+    path.write_bytes(b"[]\n" * 2_000_000)
     message = config_error(lambda: impl.read_records(path, impl.parse_post))
-    assert f"{path}: 10,000 of 10,000 records are unusable: line 1: " in message and len(message) < 1000
+    assert f"{path}: 10,001 of 10,001 records are unusable: line 1: " in message and len(message) < 1000
     comparison = {"info": posts[0].fields(), "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}
     for name, change in (
         ("batch", {"batch": "\ud800"}),
@@ -6908,6 +6929,8 @@ def test_a_sweep_refuses_before_its_first_run():
     impossible = replace(config, sweep=("ppo.batch-size", "16", "15"))
     with contextlib.redirect_stderr(io.StringIO()), pytest.raises((SystemExit, impl.InputError)):
         impl.sweep(impossible)
+    same = config_error(lambda: impl.sweep(replace(config, sweep=("ppo.kl-coef", "0.1", "0.1"))))
+    assert "--sweep ppo.kl-coef" in same and "family refused sweep-0.1" in same
     there = config.folder.with_name("family refused sweep-penalty")  # the last value's
     there.mkdir()
     assert str(there) in config_error(lambda: impl.sweep(config))
@@ -7487,7 +7510,7 @@ MUTANTS = [
     Mutant("KL is marked upside down", "test_evaluation_columns_belong_to_their_models", "(one - two).sum(1).cpu()", "(two - one).sum(1).cpu()"),
     Mutant("KL is marked at temperature 1", "test_evaluation_columns_belong_to_their_models", "(batch_logprobs(model, batch, warm, engine) for model", "(batch_logprobs(model, batch, 1.0, engine) for model"),
     Mutant("another post is the same post", "test_marks_are_what_they_are_called", "for response in batch.responses], far_away(posts)", "for response in batch.responses], posts"),
-    Mutant("SFT and PPO change columns", "test_evaluation_columns_belong_to_their_models", 'partial(load_policy, run.path(name.lower()))) for name in ("SFT", "PPO")}', 'partial(load_policy, run.path(name.lower()))) for name in ("SFT", "PPO")}\n    policies = dict(zip(policies, reversed(policies.values())))'),
+    Mutant("SFT and PPO change columns", "test_evaluation_columns_belong_to_their_models", 'policy_of(run, run.path(name.lower())) for name in ("SFT", "PPO")}', 'policy_of(run, run.path(name.lower())) for name in ("SFT", "PPO")}\n    policies = dict(zip(policies, reversed(policies.values())))'),
     Mutant("the validation posts are the test", "test_evaluation_columns_belong_to_their_models", '"test": data.test or data.valid', '"test": data.valid'),
     Mutant("an earlier run comes before this one", "test_a_runs_own_folder_comes_first", "(self.folder, *self.config.from_run) if own", "(*self.config.from_run, self.folder) if own"),
     Mutant("BOS is forgotten", "test_bos_where_the_tokenizer_has_one", "rows = [self.start + query for query in self.encode", "rows = [query for query in self.encode"),
@@ -7567,7 +7590,7 @@ MUTANTS = [
     Mutant("compared samples lose their blanks", "test_samples_of_prompts_are_compared_as_they_are", "whole=bool(posts[i // K].prompt)", "whole=False"),
     Mutant("the head is called without its scaling", "test_any_decoder_will_do", "logits = policy(**layout.inputs, use_cache=False).logits\n    return logits, entered[0]", "policy(**layout.inputs, use_cache=False)\n    return policy.get_output_embeddings()(entered[0]), entered[0]"),
     Mutant("the rollout's mask forgets EOS", "test_rollout_holds_what_each_model_said", "[len(response) for response in batch.responses], device=engine.device)", "[max(1, len(response) - 1) for response in batch.responses], device=engine.device)"),
-    Mutant("hacking is seen where the labeler rises", "test_bad_signs_are_said_once", 'rise("labeler") < -0.02', 'rise("labeler") > 0.02'),
+    Mutant("hacking is seen where the labeler rises", "test_bad_signs_are_said_once", "label_rise < -0.02", "label_rise > 0.02"),
     Mutant("the second moment is the default's", "test_every_stage_has_the_optimizer_asked_for", "betas=(0.9, config.beta2)", "betas=(0.9, 0.999)"),
     Mutant("PPO forgets the second moment", "test_every_stage_has_the_optimizer_asked_for", "adamw(run.config.optimizer, (models.policy", "adamw(Optimizer(), (models.policy"),
     Mutant("a resumed run starts its stage anew", "test_a_checkpoint_restores_what_steps_change", 'if self.progress["stage"] == stage:', "if False:"),
@@ -7595,7 +7618,7 @@ MUTANTS = [
     Mutant("rollouts are drawn at temperature 1", "test_every_update_sees_its_own_episodes", "sample(models.policy, prompts, uniforms, config.temperature,", "sample(models.policy, prompts, uniforms, 1.0,"),
     Mutant("γ and λ change places", "test_every_update_sees_its_own_episodes", "rollout.mask, config.gamma, config.lam)", "rollout.mask, config.lam, config.gamma)"),
     Mutant("advantages are whitened per minibatch", "test_ppo_whitens_advantages_over_the_batch", "optimizer_step(engine, optimizer, rollout[rows], *losses)", "optimizer_step(engine, optimizer, replace(rollout[rows], advantages=whiten(rollout[rows].advantages, rollout[rows].mask)), *losses)"),
-    Mutant("comparisons are of the base model's samples", "test_comparisons_are_all_pairs_at_their_temperature", "policy = run.engine.place(lambda: load_policy(run.path(writer)))", 'policy = run.engine.place(lambda: load_policy(run.path("base")))'),
+    Mutant("comparisons are of the base model's samples", "test_comparisons_are_all_pairs_at_their_temperature", "policy_of(run, run.path(writer))", 'policy_of(run, run.path("base"))'),
     Mutant("the stranger's text is the post's own", "test_comparisons_are_all_pairs_at_their_temperature", "drafts[(i + 1) % len(posts)][0])", "drafts[i][1])"),
     Mutant("the better of two samples stands first", "test_comparisons_are_the_labelers", "(writer, worse), tie, (i + k) % 2 == 1)", "(writer, worse), tie, False)"),
     Mutant("one post's summary is exchanged with itself", "test_the_reward_model_sees_each_pair_once_the_right_way_round", "for query, own, other in rows if own != other]", "for query, own, other in rows]"),
@@ -7619,12 +7642,12 @@ MUTANTS = [
     Mutant("episodes are left out silently", "test_episodes_left_over_are_said", "config.ppo.total_episodes % config.ppo.batch_size)", "0)"),
     Mutant("curves are of another run", "test_ppo_ends_with_its_curves", "self.say(sparklines(logged(self.folder)))", "self.say(sparklines([]))"),
     Mutant("a share's interval is the normal one", "test_shares_have_wilsons_interval", "p * (1 - p) / n + z * z / (4 * n * n))", "p * (1 - p) / n)"),
-    Mutant("scores without EOS count as hacking", "test_bad_signs_are_said_once", 'if rise("raw_scores") > 0', 'if rise("scores") > 0'),
+    Mutant("scores without EOS count as hacking", "test_bad_signs_are_said_once", '("raw_scores", "labeler"))', '("scores", "labeler"))'),
     Mutant("the labeler watches a rule", "test_a_rule_replaces_the_reward_model", "run, \"train\")) if run.labeler_chose else None", "run, \"train\"))"),
     Mutant("a negative KL alarms nobody", "test_bad_signs_are_said_once", 'if last["objective/kl"] < -4 *', 'if last["objective/kl"] < -400 *'),
     Mutant("the KL's error is its deviation", "test_rollout_statistics_are_what_their_names_say", "((kl.var(correction=0) + 1) / len(kl)).sqrt()", "(kl.var(correction=0) + 1).sqrt()"),
     Mutant("the KL that stops is the step's", "test_bad_signs_are_said_once", '(kl := statistics["objective/kl"])', '(kl := statistics["policy/approxkl"])'),
-    Mutant("a shown sample without EOS has the reward model's score", "test_shown_samples_belong_to_their_models", "score = penalize_missing_eos(score, has_eos, config.ppo.missing_eos_score).item()", "score = score.item()"),
+    Mutant("a shown sample without EOS has the reward model's score", "test_shown_samples_belong_to_their_models", "if responses[0][-1] == codec.eos_id else", "if True else"),
     Mutant("minibatches of like length go from short to long", "test_minibatches_are_of_like_length", '.permutation(len(packs))]\n    return steps', ".permutation(len(packs)) * 0 + range(len(packs))]\n    return steps"),
     Mutant("minibatches hold rows of any length", "test_minibatches_are_of_like_length", "rows = sorted(window, key=lengths.__getitem__)", "rows = window"),
     Mutant("the time foretold forgets how much work a step is", "test_the_time_a_stage_takes_is_foretold", "work or [1] * total", "[1] * total"),
@@ -7651,7 +7674,7 @@ MUTANTS = [
     # whole runs
     Mutant("what is measured after the steps stands at the last", "test_a_run_logs_finite_numbers_and_ratio_one", "        self.step = total\n", ""),
     Mutant("the learning rate stays up", "test_a_run_logs_finite_numbers_and_ratio_one", "set_lr(optimizer, 1 - update / config.num_updates)", "set_lr(optimizer, 1.0)"),
-    Mutant("the reference learns with the policy", "test_frozen_models_stay_frozen", "ref_policy = place(lambda: load_policy(config.ref_model or sft_folder).requires_grad_(False))", "ref_policy = policy"),
+    Mutant("the reference learns with the policy", "test_scorers_stay_frozen", "ref_policy = policy_of(run, config.ref_model or sft_folder).requires_grad_(False)", "ref_policy = policy"),
     Mutant("minibatches are the same in every epoch", "test_ppo_uses_every_rollout_once_per_epoch", 'rng(seed, "minibatches", update, epoch)', 'rng(seed, "minibatches", update)'),
     Mutant("advantages are never whitened", "test_ppo_whitens_advantages_over_the_batch", "    if config.whiten_advantages:\n", "    if False:\n"),
     Mutant("the reward model is not centred", "test_the_reward_model_of_a_run_is_centred", "    model.center(scores_of(model, summaries, engine).mean().item())\n", ""),
@@ -7677,14 +7700,14 @@ MUTANTS = [
     Mutant("the cache's rows that go on are others", "test_rows_that_have_ended_are_dropped", "keep_rows(cache, still)", "keep_rows(cache, still.flip(0))"),
     Mutant("the first head looks one token ahead", "test_a_new_models_first_head_looks_back", "-theta.sin()])  # query", "theta.sin()])  # query"),
     Mutant("the first head looks hardly anywhere", "test_a_new_models_first_head_looks_back", "(4 * D**0.5 / (1 - theta.cos())", "(0.4 * D**0.5 / (1 - theta.cos())"),
-    Mutant("natural steps gain by tokens, whatever is asked", "test_a_natural_step_stays_within_the_trust_region", "theta, config.average)", 'theta, "token")'),
+    Mutant("natural steps gain by tokens, whatever is asked", "test_a_natural_step_stays_within_the_trust_region", "math.inf), config.average)", 'math.inf), "token")'),
     Mutant("rows that are left get room for all tokens again", "test_the_cache_is_compact_and_samples_the_same", "roomy_cache(T - t)", "roomy_cache(T)"),
     Mutant("PPO's labeler knows only posts that fit", "test_the_labeler_reads_training_posts_only", 'Labeler(read_posts(run, "train")) if run.labeler_chose', "Labeler(posts) if run.labeler_chose"),
     Mutant("compared texts keep an EOS that is spelled out", "test_records_of_every_form_are_read", 'text.removesuffix("<|endoftext|>") for name', "text for name"),
     Mutant("posts with other answers are other posts", "test_comparisons_of_a_post_are_cut_once", "groupby(posts, key=lambda post: post._replace(record=None))", "groupby(posts)"),
     Mutant("what a rule imports when it is called is not found", "test_users_functions_fail_in_one_line", "sys.path.extend({here} - {*sys.path})", "pass"),
     Mutant("a sweep finds a taken folder when it comes to it", "test_a_sweep_refuses_before_its_first_run", 'refuse(folder.exists(), f"--folder {base}', 'refuse(False, f"--folder {base}'),
-    Mutant("a switch is always on in a sweep", "test_a_sweep_is_of_switches_and_of_other_stages_too", r'r"no-\g<0>"', r'r"\g<0>"'),
+    Mutant("a switch is always on in a sweep", "test_a_sweep_is_of_switches_and_of_other_stages_too", r'"--" + re.sub(r"[^.]+$", r"no-\g<0>"', r'"--" + re.sub(r"[^.]+$", r"\g<0>"'),
     Mutant("a sweep of SFT shows the loss of other posts", "test_a_sweep_is_of_switches_and_of_other_stages_too", '("sft", "valid/loss")', '("sft", "valid/loss_other_post")'),
     Mutant("without summaries nothing is advised", "test_records_of_all_kinds_are_read_or_told", "text + needed", "text"),
     Mutant("comparisons of one post are cut each by itself", "test_comparisons_of_a_post_are_cut_once", "(post, len(list(same))) for post, same in by_text]", "(post, 1) for post in posts]"),
@@ -7723,7 +7746,7 @@ MUTANTS = [
     Mutant("the step is that for half of δ", "test_a_natural_step_stays_within_the_trust_region", "(2 * config.target_kl / (x", "(config.target_kl / (x"),
     Mutant("the line search forgets the KL", "test_the_line_search_holds_to_both_conditions", "if gain > 0 and update_kl(policy, rollout, config.temperature, engine) <= config.target_kl:", "if gain > 0:"),
     Mutant("the line search forgets the gain", "test_the_line_search_holds_to_both_conditions", "if gain > 0 and update_kl", "if update_kl"),
-    Mutant("differences are not divided by their step", "test_a_natural_step_stays_within_the_trust_region", "\"token\")[1] / h", "\"token\")[1]"),
+    Mutant("differences are not divided by their step", "test_a_natural_step_stays_within_the_trust_region", "start + h * v)[1] / h", "start + h * v)[1]"),
     Mutant("the natural step descends", "test_a_natural_step_stays_within_the_trust_region", "conjugate_gradients(fisher, -gradient)", "conjugate_gradients(fisher, gradient)"),
     Mutant("a step in vain is kept", "test_a_natural_step_stays_within_the_trust_region", '    set_parameters(parameters, start)\n    return {"policy/halvings": 10', '    return {"policy/halvings": 10'),
     Mutant("a natural step's ratio alarms", "test_bad_signs_are_said_once", ' and "policy/halvings" not in last', ""),
@@ -7741,10 +7764,10 @@ MUTANTS = [
     Mutant("an update's KL is read backwards", "test_update_statistics_are_what_their_names_say", 'kl_estimate(rollout.logprobs, logprobs, "k3")', 'kl_estimate(logprobs, rollout.logprobs, "k3")'),
     Mutant("a wrong level of the values goes unsaid", "test_bad_signs_are_said_once", 'last.get("val/explained_variance", 0) < -3', 'last.get("val/explained_variance", 0) < -9'),
     Mutant("the level of the values is warned of for ever", "test_bad_signs_are_said_once", "if len(history) == 1 and last.get", "if last.get"),
-    Mutant("the other reference is forgotten", "test_another_reference_may_be_given", "load_policy(config.ref_model or sft_folder)", "load_policy(sft_folder)"),
+    Mutant("the other reference is forgotten", "test_another_reference_may_be_given", "policy_of(run, config.ref_model or sft_folder)", "policy_of(run, sft_folder)"),
     Mutant("any reference will do", "test_another_reference_may_be_given", "check_tokenizer(run, config.ref_model)", "pass"),
     Mutant("a new round forgets the old", "test_a_round_adds_the_new_policys_comparisons", "records += read_records(earlier, dict)[0]", "pass"),
-    Mutant("a new round asks the old policy", "test_a_round_adds_the_new_policys_comparisons", "load_policy(run.path(writer))", 'load_policy(run.path("sft"))'),
+    Mutant("a new round asks the old policy", "test_a_round_adds_the_new_policys_comparisons", "policy_of(run, run.path(writer))", 'policy_of(run, run.path("sft"))'),
     Mutant("old comparisons are held out again", "test_a_round_adds_the_new_policys_comparisons", 'if writer == "ppo" and split == "train":', 'if writer == "ppo":'),
     Mutant("a sweep checks values as it comes to them", "test_a_sweep_refuses_before_its_first_run", 'runs = [tyro.cli(Config, args=args, default=replace(config, sweep=())) for args in given]', 'runs = (tyro.cli(Config, args=args, default=replace(config, sweep=())) for args in given)'),
     Mutant("a sweep's last scores are all of them", "test_a_sweep_makes_one_table_of_runs", '("at the end", "scores", 0.1)', '("at the end", "scores", 1.0)'),
@@ -7765,7 +7788,7 @@ MUTANTS = [
     Mutant("rollouts' ends stay on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "response[-1] == eos_id for response in batch.responses], device=engine.device)", "response[-1] == eos_id for response in batch.responses])"),
     Mutant("results of forward passes are gathered on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "part.new_zeros((len(batch), T)[: part.dim()])", "torch.zeros((len(batch), T)[: part.dim()])"),
     Mutant("a rule's scores stay on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "torch.tensor(scores, dtype=torch.float32, device=engine.device)", "torch.tensor(scores, dtype=torch.float32)"),
-    Mutant("the reference stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "place(lambda: load_policy(config.ref_model or sft_folder).requires_grad_(False))", "load_policy(config.ref_model or sft_folder).requires_grad_(False)"),
+    Mutant("the reference stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "policy_of(run, config.ref_model or sft_folder)", "load_policy(config.ref_model or sft_folder)"),
     Mutant("the reward model stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "run.engine.place(lambda: ScalarModel.load(folder).requires_grad_(False))", "ScalarModel.load(folder).requires_grad_(False)"),
     Mutant("the value head stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "place(lambda: ValueHead(policy.get_output_embeddings().weight.shape[1]))", "ValueHead(policy.get_output_embeddings().weight.shape[1])"),
     Mutant("a new value model stays on the CPU", "test_a_run_is_the_same_on_a_gpu_that_is_not_there", "value_model = place(lambda: ScalarModel.load(sft_folder, train_bias=True, new_head=drawn))", "value_model = ScalarModel.load(sft_folder, train_bias=True, new_head=drawn)"),
@@ -7812,7 +7835,12 @@ MUTANTS = [
     Mutant("a log may be a link", "test_a_runs_folder_is_input", "refuse((self.folder / name).is_symlink(), f", "refuse(False, f"),
     Mutant("data may change between kill and resume", "test_a_runs_folder_is_input", "if inputs.get(path) != was]", "if False]"),
     Mutant("a byte-order mark is text", "test_records_of_all_kinds_are_read_or_told", '"utf-8-sig" if number == 1 else "utf-8"', '"utf-8"'),
-    Mutant("a blank line at the end is a record", "test_records_of_all_kinds_are_read_or_told", "if bad and isinstance(line, bytes) and line.isspace():", "if False:"),
+    Mutant("a blank line is a record", "test_records_of_all_kinds_are_read_or_told", "if isinstance(line, bytes) and line.isspace():", "if False:"),
+    Mutant("two values of a sweep share a folder", "test_a_sweep_refuses_before_its_first_run", "refuse(len({*folders}) < len(folders),", "refuse(False,"),
+    Mutant("policies may lack positions", "test_every_model_of_a_run_needs_room", "    check_room(policy, run.config.data)\n", ""),
+    Mutant("reward models and judges may lack positions", "test_every_model_of_a_run_needs_room", "scorer.classifier, run.config.data)\n", "scorer.classifier, Data(query_tokens=2))\n"),
+    Mutant("how a template spells a field is not looked at", "test_contradictions_are_refused_with_both_numbers", 'data.query_format.format(subreddit="", title="", post="")', "pass"),
+    Mutant("a resumed run's values are flags of their own", "test_resuming_takes_up_the_runs_flags", '[f"{flag}={value}"]', "[flag, str(value)]"),
     Mutant("every bad line is remembered", "test_records_of_all_kinds_are_read_or_told", "if bad <= 3 else []", "if bad <= 300 else []"),
     Mutant("a kind may be no Unicode", "test_records_of_all_kinds_are_read_or_told", "kinds = [text_field({name: str(kind)}, name) for", "kinds = [str(kind) for"),
     Mutant("empty summaries are trained on", "test_records_of_all_kinds_are_read_or_told", "bool(p.summary.strip()) and len(response)", "len(response)"),
