@@ -3743,7 +3743,10 @@ def asked_for(*flags: object):
         patch.setattr(sys, "argv", ["pmo.py", *map(str, flags)])
         patch.setattr(impl, "start", started.append)
         patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))  # main reconfigures it
-        impl.main()
+        try:
+            impl.main()
+        except SystemExit:
+            pytest.fail(f"refused: {flags}")
     return started[0]
 
 
