@@ -1451,11 +1451,16 @@ class Codec:
 
     def queries(self, posts: Sequence[Post]) -> list[list[int]]:
         """Queries, cut at a paragraph where they exceed `query_tokens` [D2]; [] where a title or prompt alone does."""
-        by_text = groupby(posts, key=lambda post: post._replace(record=None))  # comparisons of one post are neighbours
-        repeats = [(post, len(list(same))) for post, same in by_text]
-        limit, posts = self.data.query_tokens, [post for post, _ in repeats]
-        queries = [q if 0 < len(q) <= limit else self.cut_query(post) for post, q in zip(posts, self.uncut(posts))]
-        return [query for query, (_, times) in zip(queries, repeats) for _ in range(times)]
+        keys = [str(post._replace(summary="", record=None)) for post in posts]
+        new = {key: post for key, post in zip(keys, posts) if key not in self.known}
+        for (key, post), query in zip(new.items(), self.uncut([*new.values()])):
+            self.known[key] = query if 0 < len(query) <= self.data.query_tokens else self.cut_query(post)
+        return [self.known[key] for key in keys]
+
+    @cached_property
+    def known(self) -> dict[str, list[int]]:
+        """Queries that were asked for: comparisons, and every stage, ask for them again."""
+        return {}
 
     def cut_query(self, post: Post) -> list[int]:
         @lru_cache  # the empty post is asked for twice, and what fits at last
@@ -2676,6 +2681,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.interrupted, self.in_steps, self.untouched = False, False, not config.resume
         self.said: set[str] = set()
+        self.first_codec: Codec | None = None
         self.bar = tqdm(disable=True)
         # What is finished, how long the logs are; within a stage its name, the next step, and "model" and "optim".
         self.progress: dict = {"finished": [], "stage": "", "step": 0}
@@ -2734,7 +2740,9 @@ class Run:
         return given or self.find(name, f"run stage {stage}, or give --{flag} or --from-run")
 
     def codec(self, model: str) -> Codec:
-        return Codec(load_tokenizer(self.path(model)), self.config.data)
+        """The first that was asked for: all models of a run need one tokenizer, and no query is to be made twice."""
+        self.first_codec = self.first_codec or Codec(load_tokenizer(self.path(model)), self.config.data)
+        return self.first_codec
 
     def can_share(self, queries: list[list[int]], G: int, *models: nn.Module) -> bool:
         """Whether responses to one query may share it: the user did not object, and the models do not mind."""

@@ -1970,21 +1970,18 @@ def test_long_queries_lose_paragraphs_and_keep_the_rest(limit):
 
 
 @law(
-    "of equal neighbours, as comparisons of one post are, one is cut; each has its query, in the order of the posts",
+    "posts with one text are cut once, whatever else was said of them; each has its query, in the order of the posts",
     "README: speed", "Codec", "train_tokenizer", "Post",
 )  # fmt: skip
-def test_comparisons_of_a_post_are_cut_once():
+def test_posts_with_one_text_are_cut_once():
     codec = impl.Codec(tiny_tokenizer(), impl.Data(query_tokens=40))
     long, other, short = (impl.Post("cats", "a title", text, "") for text in ("One.\nTwo. " * 20, "No. " * 50, "No."))
-    posts, cut, cut_query = (
-        [long, long._replace(record={"chosen": "x"}), other, short, short, long, long._replace(record={})],
-        [],
-        impl.Codec.cut_query,
-    )
+    posts = [long, long._replace(record={"chosen": "x"}), other, short, short, long._replace(summary="It is."), long]
+    cut, cut_query = [], impl.Codec.cut_query
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(impl.Codec, "cut_query", lambda codec, post: cut.append(post) or cut_query(codec, post))
         queries = codec.queries(posts)
-    assert queries == [codec.queries([post])[0] for post in posts] and cut[:3] == [long, other, long] and len(cut) == 3
+        assert queries == codec.queries(posts) == [codec.queries([post])[0] for post in posts] and cut == [long, other]
 
 
 @law(
@@ -2616,6 +2613,23 @@ def test_scorers_stay_frozen():
     whole = weights_of(folder / "ppo")
     assert after.keys() == whole.keys()
     assert all(x.equal(whole[name]) for name, x in after.items()), "PPO alone is not PPO in the run"
+
+
+@law(
+    "the stages of a run make no query twice, and take no conversation for the text that it holds",
+    "README: speed", *RUN_NEEDS, "Codec",
+)  # fmt: skip
+def test_stages_make_no_query_twice():
+    made, uncut = [], impl.Codec.uncut
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl.Codec, "uncut", lambda codec, posts: made.extend(posts) or uncut(codec, posts))
+        impl.start(stage_config("once", "sft", "compare", "reward", "ppo"))
+    times = Counter(post.post for post in made)
+    assert {times[post.post] for post in toy_posts(60)} == {1}
+    talks = [impl.Post("", "", "a", "", None, prompt) for prompt in ("a", [{"role": "user", "content": "a"}])]
+    codec = impl.Codec(impl.load_tokenizer(finished_run() / "sft"), impl.Data())
+    one, other = codec.queries(talks)
+    assert [one, other] == [codec.uncut([talk])[0] for talk in talks] and one != other
 
 
 @law(
@@ -7707,14 +7721,15 @@ MUTANTS = [
     Mutant("rows that are left get room for all tokens again", "test_the_cache_is_compact_and_samples_the_same", "roomy_cache(T - t)", "roomy_cache(T)"),
     Mutant("PPO's labeler knows only posts that fit", "test_the_labeler_reads_training_posts_only", 'Labeler(read_posts(run, "train")) if run.labeler_chose', "Labeler(posts) if run.labeler_chose"),
     Mutant("compared texts keep an EOS that is spelled out", "test_records_of_every_form_are_read", 'text.removesuffix("<|endoftext|>") for name', "text for name"),
-    Mutant("posts with other answers are other posts", "test_comparisons_of_a_post_are_cut_once", "groupby(posts, key=lambda post: post._replace(record=None))", "groupby(posts)"),
+    Mutant("posts with other answers are other posts", "test_posts_with_one_text_are_cut_once", 'post._replace(summary="", record=None)', 'post._replace(summary="")'),
+    Mutant("posts with other summaries are other posts", "test_posts_with_one_text_are_cut_once", 'post._replace(summary="", record=None)', 'post._replace(record=None)'),
+    Mutant("conversations are known by what they say", "test_stages_make_no_query_twice", 'str(post._replace(summary="", record=None))', 'str(post._replace(summary="", record=None, prompt=None))'),
     Mutant("what a rule imports when it is called is not found", "test_users_functions_fail_in_one_line", "sys.path.extend({here} - {*sys.path})", "pass"),
     Mutant("a sweep finds a taken folder when it comes to it", "test_a_sweep_refuses_before_its_first_run", 'refuse(folder.exists(), f"--folder {base}', 'refuse(False, f"--folder {base}'),
     Mutant("a switch is always on in a sweep", "test_a_sweep_is_of_switches_and_of_other_stages_too", r'"--" + re.sub(r"[^.]+$", r"no-\g<0>"', r'"--" + re.sub(r"[^.]+$", r"\g<0>"'),
     Mutant("a sweep of SFT shows the loss of other posts", "test_a_sweep_is_of_switches_and_of_other_stages_too", '("sft", "valid/loss")', '("sft", "valid/loss_other_post")'),
     Mutant("without summaries nothing is advised", "test_records_of_all_kinds_are_read_or_told", "text + needed", "text"),
-    Mutant("comparisons of one post are cut each by itself", "test_comparisons_of_a_post_are_cut_once", "(post, len(list(same))) for post, same in by_text]", "(post, 1) for post in posts]"),
-    Mutant("a query stands for all that follow", "test_comparisons_of_a_post_are_cut_once", "for _ in range(times)]", "for _ in range(1)]"),
+    Mutant("every stage makes its queries anew", "test_stages_make_no_query_twice", "self.first_codec = self.first_codec or Codec(", "self.first_codec = Codec("),
     Mutant("responses go to queries in turn", "test_a_shared_query_changes_no_sample", "of = torch.tensor([r for r, group in enumerate(groups) for _ in group], device=device)", "of = torch.arange(len(batch), device=device) % len(groups)"),
     Mutant("every response is sampled from a copy", "test_a_shared_query_changes_no_sample", "device, groups = policy.device, batch.groups()", "device, groups = policy.device, [[i] for i in range(len(batch))]"),
     Mutant("groups are cut anywhere", "test_groups_are_split_only_where_they_must_be", "[part for group in self.groups() for part in chunks(group, size)]", "[[row] for row in range(len(self))]"),
