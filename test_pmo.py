@@ -4314,8 +4314,8 @@ def test_prompts_are_used_as_they_stand():
     assert len(run.said) == 1 and "left out 1 of 121 train posts" in run.said.pop()
     message = config_error(lambda: impl.read_examples(run, "train", codec))
     assert "120 of 120 train summaries" in message and "--sft-model" in message
-    codec.tokenizer.chat_template = None
-    assert "no chat template" in config_error(lambda: codec.queries([chat]))
+    tokenizer.chat_template = None
+    assert "no chat template" in config_error(lambda: impl.Codec(tokenizer, codec.data).queries([chat]))
 
 
 def sentencepiece(normalizer=None, pre_tokenizer=None):
