@@ -225,7 +225,7 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, cliprange_value: float) -> Tensor:  # (B, T)
     """½ max((V − R)², (V_old + clip(V − V_old, ±ε) − R)²) [3; 4; D18; the clip is OpenAI baselines'], unreduced."""
-    clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # unmoved if near: to the bit
+    clipped = values.clamp(old_values - cliprange_value, old_values + cliprange_value)  # a near V stays V, to the bit
     return torch.max((values - returns).square(), (clipped - returns).square()) / 2
 
 
@@ -282,8 +282,7 @@ def ppo(run: Run) -> None:
     demonstrations = read_examples(run, "train", codec) if config.ptx_coef else None
     share = run.can_share(queries, config.responses_per_query, *models)
     optimizer = adamw(run.config.optimizer, (models.policy, config.lr), (models.value_model, config.value_lr))
-    learned = {"policy": models.policy, "value_model": models.value_model}
-    for update in run.steps("ppo", config.num_updates, optimizer, **learned):
+    for update in run.steps("ppo", config.num_updates, optimizer, **models.learned()):
         set_lr(optimizer, 1 - update / config.num_updates)  # linear to 0 [D21]
         config = config.after(history)
         episodes = range(update * config.batch_size, (update + 1) * config.batch_size)
@@ -327,6 +326,9 @@ class Models(NamedTuple):
     value_model: ScalarModel | ValueHead | None  # None: the baseline is not learned
     ref_policy: PreTrainedModel
     reward_model: Scorer
+
+    def learned(self) -> dict[str, nn.Module]:
+        return {"policy": self.policy} | ({"value_model": self.value_model} if self.value_model is not None else {})
 
 
 RewardFunction = Callable[[str, str, dict], float]  # a rule: of post, response, and the post's record in the data file
@@ -549,7 +551,7 @@ def natural_step(policy: PreTrainedModel, rollout: Rollout, config: PPO, engine:
         """Mean (of `PPO.average`'s kinds) of loss_of(logprobs, part) at theta, and its gradient (N,)."""
 
         def losses(part: Rollout, whole: Rollout) -> dict[str, Tensor]:
-            logprobs = response_logprobs(policy, part.layout, config.temperature)
+            logprobs = response_logprobs(policy, part.layout, config.temperature)  # ρ ≤ 1 in padding: nothing overflows
             return {"loss": minibatch_share(loss_of(logprobs, part), part.mask, whole.mask, how, whole.room)}
 
         set_parameters(parameters, theta)
@@ -1593,9 +1595,9 @@ def parse_comparison(record: dict) -> Comparison:
         refuse(not pair, "field 'summaries' is not two objects")
         refuse(type(choice) is not int or choice not in (0, 1), f"field 'choice' is {choice!r}, must be 0 or 1")
         extra = record["extra"] if isinstance(record.get("extra"), dict) else {}
-        sure = None if extra.get("confidence") is None else f"confidence {extra['confidence']}"
+        confidence = None if extra.get("confidence") is None else f"confidence {extra['confidence']}"
         policies = " vs ".join(sorted(str(summary.get("policy", "unknown")) for summary in summaries))
-        of = {"policy": policies, "batch": record.get("batch"), "confidence": sure}
+        of = {"policy": policies, "batch": record.get("batch"), "confidence": confidence}
         kinds = [text_field({name: str(kind)}, name) for name, kind in of.items() if kind is not None]
         info = {name: value for name, value in info.items() if value is not None}  # the Hub's copies have all names
         if "article" in info and "post" not in info:
@@ -1653,11 +1655,9 @@ def lines_of(path: Path) -> AbstractContextManager[Iterable[bytes | dict]]:
 
 def read_records(path: Path, parse: Callable[[dict], NamedTuple]) -> tuple[list, list[str]]:
     """Parsed records of a file, and complaints about what was left out: file, line, field."""
-    records, unusable, bad = [], [], 0
+    records, unusable, bad, line = [], [], 0, b""
     with one_line(str(path)), lines_of(path) as lines:
         for number, line in enumerate(lines, start=1):
-            if isinstance(line, bytes) and line.isspace():  # many a program writes some at the end
-                continue
             try:
                 encoding = "utf-8-sig" if number == 1 else "utf-8"
                 record = line if isinstance(line, dict) else json.loads(line.decode(encoding))
@@ -1668,6 +1668,8 @@ def read_records(path: Path, parse: Callable[[dict], NamedTuple]) -> tuple[list,
                 unusable += [f"line {number}: {error}"] if bad <= 3 else []
             if bad > 10_000 + len(records):  # it may have no end
                 break
+    if bad and isinstance(line, bytes) and line.isspace():  # the last: many a program writes one
+        bad, unusable = bad - 1, unusable[: bad - 1]
     complaint = f"{path}: {bad:,} of {bad + len(records):,} records are unusable: {'; '.join(unusable)}"
     refuse(bad > 0.01 * (bad + len(records)), f"{complaint} (at most 1% may be)")
     refuse(not records, f"{path}: no records")
@@ -1901,8 +1903,9 @@ def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: 
     record = {"update": update} | post.fields()
     run.say(headline(post))
     for name, responses in written.items():
-        score = outcome_scores(models.reward_model, [post], codec, engine, Batch(queries, responses)).item()
-        score = score if responses[0][-1] == codec.eos_id else config.ppo.missing_eos_score  # [D12]
+        score = outcome_scores(models.reward_model, [post], codec, engine, Batch(queries, responses))
+        has_eos = torch.tensor([responses[0][-1] == codec.eos_id], device=score.device)
+        score = penalize_missing_eos(score, has_eos, config.ppo.missing_eos_score).item()
         record |= {name: codec.text(responses[0]), f"{name}_score": score}
         run.say(f"    {name:7} {score:6.2f}  {record[name]}")
     run.append("samples.jsonl", record)
@@ -2499,6 +2502,11 @@ def flags_of(section: dict, prefix: str = "--") -> dict[str, object]:
     return flags
 
 
+def turned_off(flag: str) -> str:
+    """--section.no-flag, of a switch --section.flag."""
+    return re.sub(r"[^.-][^.]*$", r"no-\g<0>", flag)
+
+
 MAY_BE_0 = {"seed", "beta2", "max-grad-norm", "prompt-weight", "pretraining-pairs", "checkpoint-minutes"}
 MAY_BE_0 |= {"tie", "kl-coef", "vf-coef", "gamma", "lam", "penalty-coef", "ptx-coef"}
 AT_LEAST_2 = ("--data.query-tokens", "--data.response-tokens", "--data.comparison-tokens")
@@ -2896,7 +2904,7 @@ class Run:
         if "ppo" in config.stages and (left := config.ppo.total_episodes % config.ppo.batch_size):
             self.say(f"note: --ppo.total-episodes {config.ppo.total_episodes}: the last {left} are no whole batch")
         learning = [each for each in ("sft", "reward", "ppo") if each in config.stages and not config.is_given(each)]
-        rates = [f"--{each}.lr" for each in learning if getattr(config, each).lr == getattr(Config(), each).lr]
+        rates = [f"--{each}.lr" for each in learning if getattr(config, each).lr == getattr(Config, each).lr]
         if rates and (config.model or config.sft_model):
             self.say(f"note: {', '.join(rates)}: for small models from scratch; a pretrained one wants a hundredth")
         for folder in config.from_run:
@@ -3043,7 +3051,7 @@ def arguments_of(folder: Path) -> list[str]:
     arguments = []
     for flag, value in flags_of(stored(folder)["config"]).items():
         if isinstance(value, bool):
-            arguments.append(flag if value else re.sub(r"[^.-][^.]*$", r"no-\g<0>", flag))
+            arguments.append(flag if value else turned_off(flag))
         elif value not in (None, []) and flag not in ("--folder", "--resume"):  # "=": a value may begin with a dash
             arguments += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
     return arguments
@@ -3276,7 +3284,7 @@ def start(config: Config) -> Path:
 def sweep(config: Config) -> None:
     """The same run with each value of one flag, side by side [as 1, §6]."""
     flag, *values = config.sweep
-    switches = {"True": [f"--{flag}"], "False": ["--" + re.sub(r"[^.]+$", r"no-\g<0>", flag)]}
+    switches = {"True": [f"--{flag}"], "False": [turned_off(f"--{flag}")]}
     given = [switches.get(value, [f"--{flag}", value]) for value in values]
     runs = [tyro.cli(Config, args=args, default=replace(config, sweep=())) for args in given]
     base, names = config.folder or Path("runs") / flag, [re.sub(r"[^\w.+-]+", "-", value) for value in values]
