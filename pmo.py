@@ -278,7 +278,7 @@ def ppo(run: Run) -> None:
     codec, history = run.codec("sft"), logged(run.folder)  # of before, if resumed
     (posts, queries), (valid, _) = read_prompts(run, "train", codec), read_prompts(run, "valid", codec)
     models = load_models(run, codec, posts, queries)
-    labeler = Labeler(read_posts(run, "train")) if run.labeler_chose else None
+    labeler = labeler_of(run) if run.labeler_chose else None
     demonstrations = read_examples(run, "train", codec) if config.ptx_coef else None
     share = run.can_share(queries, config.responses_per_query, *models)
     optimizer = adamw(run.config.optimizer, (models.policy, config.lr), (models.value_model, config.value_lr))
@@ -668,7 +668,7 @@ def load_models(run: Run, codec: Codec, posts: Sequence[Post], queries: Sequence
         # No loss saw the reward model before EOS: its level there is an accident, which PPO would spend its start on
         # (value initialization bias, Yuan et al. 2025, arXiv 2503.01491). Over references, a thousand do, it is made 0.
         some = shuffled(run.config.seed, "references", len(posts), 0, min(len(posts), 1024))
-        written = author_responses(codec, [posts[i] for i in some], policy)
+        written = author_responses(codec, [posts[i] for i in some], value_model)
         references = Batch([queries[i] for i in some], written)
         (values,) = map_rows(references, run.engine, lambda layout: [value_model.values(layout)])
         value_model.center(values.sum().item() / references.response_tokens)
@@ -762,6 +762,7 @@ def reward(run: Run) -> None:
     model = engine.place(lambda: ScalarModel.load(run.path("sft"), new_head=rng(seed, "reward head")))
     check_room(model.classifier, run.config.data)
     summaries, (rankings, _) = read_examples(run, "train", codec), read_rankings(run, "train", codec)
+    valid, kinds = read_rankings(run, "valid", codec)  # now, not when all is trained
     share = run.can_share([ranking.query for ranking in rankings], 2, model)
     own = summaries[shuffled(seed, "pretraining", len(summaries), 0, min(len(summaries), config.pretraining_pairs))]
     order = shuffled(seed, "reward", len(rankings), 0, max(1, round(config.epochs * len(rankings))))
@@ -775,7 +776,6 @@ def reward(run: Run) -> None:
         set_lr(optimizer, warmup(step, len(steps)) * cosine(step / len(steps)))
         run.log(optimizer_step(engine, optimizer, rankings[steps[step]], losses))
     model.center(scores_of(model, summaries, engine).mean().item())
-    valid, kinds = read_rankings(run, "valid", codec)
     accuracies = reward_accuracies(model, Rankings(valid, share), kinds, engine)
     run.log({f"valid/accuracy {kind}": accuracy for kind, (accuracy, _) in accuracies.items()})
     if accuracies[SAME_POST if SAME_POST in accuracies else "all"][0] < 0.55:
@@ -860,9 +860,9 @@ def cosine(progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def author_responses(codec: Codec, posts: Sequence[Post], model: PreTrainedModel) -> list[list[int]]:
-    """The authors' summaries, however long, up to where the model has no more positions."""
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", 10**9) - codec.data.query_tokens
+def author_responses(codec: Codec, posts: Sequence[Post], *readers: Scorer) -> list[list[int]]:
+    """The authors' summaries, however long, up to where one of the readers has no more positions."""
+    room = positions_of(*readers) - codec.data.query_tokens
     return [response[:room] for response in codec.responses([post.summary for post in posts], posts)]
 
 
@@ -1393,7 +1393,7 @@ def noise(seed: int, purpose: str, episodes: Sequence[int], T: int) -> Tensor:  
     return torch.from_numpy(np.stack([rng(seed, purpose, i).random(T, dtype=np.float32) for i in episodes]))
 
 
-SEAM = "\ufdd0"  # a code point that is no character: where a text is cut before it is encoded
+SEAM, END = "\ufdd0", "\ufdd1"  # code points that are no characters: where a text is cut before it is encoded
 
 
 @dataclass(frozen=True)
@@ -1433,15 +1433,17 @@ class Codec:
 
     def conversation(self, messages: list[dict[str, str]]) -> list[int]:
         """Up to where the answer begins, in the tokenizer's template, which alone has special tokens (BOS, too, if it
-        wants one): what spells one in a message stands between two SEAMs, and stays text."""
+        wants one): what spells one in a message stands between SEAM and END, and stays text."""
         name = self.tokenizer.name_or_path
         refuse(not self.tokenizer.chat_template, f"{name}: no chat template, and the data's prompts are conversations")
-        plain = partial(self.spelled.sub, rf"{SEAM}\g<0>{SEAM}")
-        messages = [{key: plain(text.replace(SEAM, "")) for key, text in message.items()} for message in messages]
+        bare, plain = partial(re.sub, f"[{SEAM}{END}]", ""), partial(self.spelled.sub, rf"{SEAM}\g<0>{END}")
+        messages = [{key: plain(bare(text)) for key, text in message.items()} for message in messages]
         with one_line(f"{name}: chat template, for {messages[-1]['content'][:60]!r}"):
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        parts = enumerate(text.split(SEAM))
-        rows = [self.encode([part], special=i % 2 == 0, seam=self.seam if i else ()) for i, part in parts]
+        parts = re.split(f"{SEAM}([^{SEAM}{END}]*){END}", text)  # every other is one that a message spells
+        torn = f"{name}: chat template takes apart what spells a special token in {messages[-1]['content'][:60]!r}"
+        refuse(bool({SEAM, END} & {*"".join(parts)}), torn)
+        rows = [self.encode([part], special=i % 2 == 0, seam=self.seam if i else ()) for i, part in enumerate(parts)]
         return list(chain(*chain(*rows)))
 
     def uncut(self, posts: Sequence[Post]) -> list[list[int]]:
@@ -1701,12 +1703,13 @@ def evaluate(run: Run) -> None:
     check_tokenizer(run, run.path("ppo"))
     policies = {name: policy_of(run, run.path(name.lower())) for name in ("SFT", "PPO")}
     scorers = {"score": load_scorer(run)}
-    if Path(judge).is_dir():
+    row = {"labeler": "labeler", "reward": "score"}.get(judge, "judge")
+    if row == "judge" and Path(judge).is_dir():
         scorers["judge"] = load_reward_model(run, judge)
-    labeler, warm = Labeler(read_posts(run, "train")), config.ppo.temperature
+    labeler, warm = labeler_of(run), config.ppo.temperature
     uniforms = noise(config.seed, "evaluate", range(len(posts)), config.data.response_tokens)
     written = np.array([bool(post.summary.strip()) for post in posts])
-    texts, responses = {"author": [post.summary for post in posts]}, author_responses(codec, posts, policies["SFT"])
+    texts, responses = {"author": [post.summary for post in posts]}, author_responses(codec, posts, *scorers.values())
     own = marks_of(posts, Batch(queries, responses), codec, labeler, scorers, engine)
     marks = {"author": {name: np.where(written, x, np.nan) for name, x in own.items()}}
     for name, policy in policies.items():
@@ -1718,7 +1721,6 @@ def evaluate(run: Run) -> None:
             if temperature == warm:  # KL(π ‖ SFT) in nats, of the policy PPO sampled from: log π − log SFT on its own
                 one, two = (batch_logprobs(model, batch, warm, engine) for model in (policy, policies["SFT"]))
                 marks[writer]["kl"] = (one - two).sum(1).cpu().double().numpy()
-    row = {"labeler": "labeler", "reward": "score"}.get(judge, "judge")
     vote = load_function("--evaluate.judge", judge) if row not in own else None
 
     def prefer(a: str, b: str) -> np.ndarray:  # (N,)
@@ -1769,8 +1771,9 @@ def votes(
                 with one_line("--evaluate.judge", judge, one):
                     given = judge(post, one, two), judge(post, two, one)
                     usable = all(vote in (0, 0.5, 1) for vote in given)
-                    refuse(not usable, f"--evaluate.judge returned {reprlib.repr(given)}; each should be 0, 0.5 or 1")
-                said[asked] = (given[0] + 1 - given[1]) / 2
+                    odd = f"--evaluate.judge returned {reprlib.repr(given)}; each should be 0, 0.5 or 1"
+                    refuse(not usable, odd, Stopped)
+                said[asked] = float(given[0] + 1 - given[1]) / 2
                 print(json.dumps([*asked, said[asked]]), file=file, flush=True)
     return np.array([said[asked] for asked in zip([post.post for post in posts], a, b)], dtype=float)
 
@@ -1897,7 +1900,7 @@ def show_sample(run: Run, update: int, posts: list[Post], codec: Codec, models: 
         return
     post, engine, config = posts[update % len(posts)], run.engine, run.config
     queries, uniforms = codec.queries([post]), noise(config.seed, "show", [update], config.data.response_tokens)
-    written = {"author": author_responses(codec, [post], models.policy)} if post.summary.strip() else {}
+    written = {"author": author_responses(codec, [post], models.reward_model)} if post.summary.strip() else {}
     for name, policy in (("reference" if config.ppo.ref_model else "sft", models.ref_policy), ("ppo", models.policy)):
         written[name] = sample(policy, queries, uniforms, config.evaluate.temperature, codec.eos_id, engine)
     record = {"update": update} | post.fields()
@@ -2103,7 +2106,7 @@ def compare(run: Run) -> None:
     config, seed, K, T = run.config, run.config.seed, run.config.compare.samples, run.config.data.response_tokens
     writer, tie, codec = config.compare.policy, config.compare.tie, run.codec("sft")
     policy = policy_of(run, run.path(writer))
-    labeler = Labeler(read_posts(run, "train"))
+    labeler = labeler_of(run)
     share = run.can_share(read_prompts(run, "valid", codec)[1], K, policy)
     for split, limit in (("train", config.compare.posts), ("valid", None)):
         posts, queries = read_prompts(run, split, codec)
@@ -2142,6 +2145,14 @@ def compared_by(
     info = {"prompt": post.prompt} if post.prompt else info
     candidates = [{"policy": policy, "text": text} for policy, text in summaries]
     return [{"info": info, "summaries": candidates, "choice": int(scores[1] > scores[0])}]
+
+
+def labeler_of(run: Run) -> Labeler:
+    """It knows the training posts alone."""
+    posts = read_posts(run, "train")
+    few = f"{len(posts)} training posts: under 20 the labeler takes no word of theirs for rare, and is nearly blind"
+    run.warn([few] * (len(posts) < 20))
+    return Labeler(posts)
 
 
 class Labeler:
@@ -2905,6 +2916,9 @@ class Run:
             self.say(f"note: --ppo.total-episodes {config.ppo.total_episodes}: the last {left} are no whole batch")
         learning = [each for each in ("sft", "reward", "ppo") if each in config.stages and not config.is_given(each)]
         rates = [f"--{each}.lr" for each in learning if getattr(config, each).lr == getattr(Config, each).lr]
+        rates += ["--ppo.value-lr"] * (
+            "ppo" in learning and config.ppo.learns_values and config.ppo.value_lr == PPO.value_lr
+        )
         if rates and (config.model or config.sft_model):
             self.say(f"note: {', '.join(rates)}: for small models from scratch; a pretrained one wants a hundredth")
         for folder in config.from_run:
@@ -3144,9 +3158,16 @@ def check_room(model: PreTrainedModel, data: Data) -> None:
     """Refuse sequences longer than the model has positions for."""
     response = max(data.response_tokens, data.comparison_tokens)
     need = data.query_tokens + response
-    have = getattr(model.config.get_text_config(), "max_position_embeddings", math.inf)
+    have = positions_of(model)
     flags = f"--data.query-tokens {data.query_tokens} and responses of {response}"
     refuse(need > have, f"{flags} need {need} positions, {model.config.name_or_path} has {have}")
+
+
+def positions_of(*models: nn.Module | Scorer) -> int:
+    """Tokens that a text may have for all of them; a rule reads any text."""
+    nets = [getattr(model, "classifier", model) for model in models]
+    configs = [net.config.get_text_config() for net in nets if isinstance(net, nn.Module)]
+    return min([getattr(config, "max_position_embeddings", 10**9) for config in configs], default=10**9)
 
 
 def check_tokenizer(run: Run, folder: str | Path) -> None:
@@ -3209,7 +3230,7 @@ def verified(rule: RewardFunction, posts: Sequence[Post], texts: list[str]) -> l
             with suppress(TypeError, ValueError, OverflowError):
                 number = float(score) if not isinstance(score, str) else math.nan
             said = f"--ppo.reward-function returned {reprlib.repr(score)}, not a finite number, for {text[:60]!r}"
-            refuse(not abs(number) <= torch.finfo(torch.float32).max, said)
+            refuse(not abs(number) <= torch.finfo(torch.float32).max, said, Stopped)
             scores.append(number)
     return scores
 
@@ -3275,9 +3296,6 @@ def start(config: Config) -> Path:
         for number, handler in before.items():
             signal.signal(number, handler)
     run.finish()
-    if dist.is_initialized():
-        dist.barrier()  # one that closes while another still speaks to it can take that one down
-        dist.destroy_process_group()
     return run.folder
 
 
@@ -3293,12 +3311,19 @@ def sweep(config: Config) -> None:
     first = os.environ.get("RANK", "0") == "0"
     for folder in folders if first else ():  # all of them now, not the last one after hours
         refuse(folder.exists(), f"--folder {base}: {folder} exists; choose another, or remove it")
-    rows = [{flag: v} | outcome(start(replace(r, folder=f))) for v, r, f in zip(values, runs, folders)]
+    stopped = []
+    for value, run, folder in zip(values, runs, folders):
+        try:
+            start(replace(run, folder=folder))
+        except Stopped as error:  # what one value does is a finding; the others are still to be seen
+            stopped.append(f"--sweep {flag}, {value}: {error}")
     if first:
+        rows = [{flag: value} | outcome(folder) for value, folder in zip(values, folders)]
         names = list(dict.fromkeys(chain(*rows)))
         print(table([names, *([row.get(name, "") for name in names] for row in rows)]))
         if importlib.util.find_spec("matplotlib") and any(map(logged, folders)):
             write_whole(base.with_name(f"{base.name}-curves.png"), partial(plot, folders))
+    refuse(bool(stopped), "\npmo: ".join(stopped), Stopped)
 
 
 def outcome(folder: Path) -> dict[str, str]:
@@ -3312,7 +3337,8 @@ def outcome(folder: Path) -> dict[str, str]:
         cells |= {f"{stage} {name}": f"{record[name]:.3f}" for record in logged(folder, stage) if name in record}
     if (folder / "eval.json").exists():
         record = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
-        for pair, figures in [*record["comparisons"].items()][:2]:
+        against = [item for item in record["comparisons"].items() if "against SFT" in item[0]]
+        for pair, figures in against[:2]:  # alike in temperature
             for name, (mean, low, high) in figures.items():
                 cells[f"{name} {pair.split()[1]}"] = f"{mean:.3f} ± {(high - low) / 2:.3f}"
     return cells
@@ -3327,6 +3353,9 @@ def main() -> None:
         if config.resume:  # the flags it was started with, then those given now, which override them
             config = tyro.cli(Config, args=[*arguments_of(config.resume), *sys.argv[1:]])
         (sweep if config.sweep else start)(config)
+        if dist.is_initialized():
+            dist.barrier()  # one that closes while another still speaks to it can take that one down
+            dist.destroy_process_group()
     except (InputError, OSError) as error:  # OSError: a disk that is full or read-only
         if isinstance(error, ConnectionError) or os.environ.get("LOCAL_RANK", "0") == "0":  # the rest is everybody's
             print(f"pmo: {error}", file=sys.stderr)

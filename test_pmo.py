@@ -1947,7 +1947,11 @@ def test_queries_and_responses_are_formatted_as_in_the_paper():
     )  # fmt: skip
     assert decode(response) == " A summary.<|endoftext|>"
     assert tokenizer.eos_token_id not in query and response.count(tokenizer.eos_token_id) == 1
-    assert codec.text(response) == "A summary."
+    assert codec.text(response) == codec.text(response[:-1]) == "A summary."
+    (long,) = codec.queries(
+        [impl.Post("cats", "a title", "\n\nPOST:" * 150, "")]
+    )  # in few tokens, of seven letters each
+    assert decode(long).count("\n\nPOST:") == 151
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
@@ -2397,6 +2401,17 @@ def test_kl_in_the_loss_adds_its_price():
         parameters = list(models.policy.parameters())
         for ours, theirs in zip(*(torch.autograd.grad(x, parameters) for x in (with_kl - without, price))):
             close(ours, theirs, tolerance=1e-4)
+    logits_of = impl.response_logits
+
+    def impossible(policy, layout):
+        """What stands in padding is as good as impossible: its k3 is infinite."""
+        logits, hidden = logits_of(policy, layout)
+        return logits - 1e4 * (~layout.mask)[..., None] * (torch.arange(logits.shape[-1]) == 0), hidden
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "response_logits", impossible)
+        gradient = torch.autograd.grad(ppo_losses(models, config)(rollout, rollout)["loss"], parameters)
+    assert all(g.isfinite().all() for g in gradient)
 
 
 def numbered(n: int):
@@ -2828,12 +2843,12 @@ def test_marks_are_what_they_are_called():
 def test_evaluation_columns_belong_to_their_models():
     folder, test = finished_run(), workshop() / "test posts.jsonl"
     impl.write_records([post.fields() for post in toy_posts(90)[72:]], test)
-    config = stage_config("columns", "evaluate")
+    config = stage_config("columns", "evaluate", evaluate=impl.Evaluate(posts=15))
     config = replace(config, data=replace(config.data, test=test))
     ((_, posts, texts, *_), _), = watched(config, "report")["report"]  # fmt: skip
-    assert [post.fields() for post in posts] == [post.fields() for post in toy_posts(90)[72:]]
+    assert [post.fields() for post in posts] == [post.fields() for post in toy_posts(90)[72:87]]
     codec, noise = (
-        impl.Codec(impl.load_tokenizer(folder / "sft"), config.data), impl.noise(1, "evaluate", range(18), 16),
+        impl.Codec(impl.load_tokenizer(folder / "sft"), config.data), impl.noise(1, "evaluate", range(15), 16),
     )  # fmt: skip
     for name in ("sft", "ppo"):
         policy = impl.load_policy(folder / name)
@@ -3010,6 +3025,12 @@ def test_the_report_names_the_winner_at_each_temperature():
             {writer: summaries[i] for writer, summaries in texts.items()} for i in range(40)
         ]
         assert [{**line, "summaries": 0} for line in lines] == [{**post.fields(), "summaries": 0} for post in posts]
+    assert impl.outcome(run.folder)["win rate T=0.01"][:5] == "1.000"
+    assert impl.outcome(run.folder)["win rate T=0.7"][:5] == "0.000"
+    run.config = replace(usual, ppo=replace(usual.ppo, temperature=0.01))
+    impl.report(run, posts, texts, {writer: marks(x) for writer, x in writers.items()},
+                lambda a, b: numpy.full(40, float(writers[a] > writers[b])))  # fmt: skip
+    assert impl.outcome(run.folder)["win rate T=0.01"][:5] == "1.000", "not that against the author"
 
 
 @law(
@@ -3074,6 +3095,20 @@ def test_reward_accuracies_are_shares_of_pairs():
         assert {kind: n for kind, (_, n) in result.items()} == {k: len(x) for k, x in expected.items()}
         for kind, rights in expected.items():
             assert result[kind][0] == pytest.approx(sum(rights) / len(rights))
+
+
+@law(
+    "comparisons that are no good are refused before a reward model is trained, those for validation, too",
+    "nothing already made is lost", *RUN_NEEDS, "reward",
+)  # fmt: skip
+def test_broken_comparisons_are_found_before_training():
+    config, made, bad = stage_config("bad pairs", "reward"), finished_run() / "data", workshop() / "bad pairs.jsonl"
+    bad.write_text('{"info": 1}\n')
+    for train, valid in ((bad, made / "comparisons_valid.jsonl"), (made / "comparisons_train.jsonl", bad)):
+        data = replace(config.data, comparisons_train=train, comparisons_valid=valid)
+        assert f"{bad}: 1 of 1" in config_error(lambda data=data: impl.start(replace(config, data=data)))
+        assert not (config.folder / "metrics.jsonl").exists()
+        shutil.rmtree(config.folder, ignore_errors=True)
 
 
 @law(
@@ -3264,6 +3299,12 @@ def test_what_fits_is_kept_whole():
     "held-out posts must not change the judge, nor may the limits of a model", *RUN_NEEDS, "Labeler",
 )  # fmt: skip
 def test_the_labeler_reads_training_posts_only():
+    for n in (19, 20):
+        impl.write_records([post.fields() for post in toy_posts(n)], workshop() / f"{n} posts.jsonl")
+        run = impl.Run(with_flag(tiny_config(f"of {n}"), "data.train", workshop() / f"{n} posts.jsonl"))
+        labeler = impl.labeler_of(run)
+        assert len(labeler.posts) == n and len(run.said) == (n < 20)
+        assert (labeler.rarity("drums") > 0) == (n == 20), "one post has the word, and no word is rarer"
     known, train = toy_posts(60), workshop() / "one long title.jsonl"
     known[7] = known[7]._replace(title="a title " * 99)  # too long for a query
     impl.write_records([post.fields() for post in known], train)
@@ -3336,6 +3377,28 @@ def test_room_is_needed_for_responses_and_comparisons():
         data = impl.Data(query_tokens=40, response_tokens=response, comparison_tokens=comparison)
         message = config_error(lambda data=data: impl.check_room(model, data))
         assert "40" in message and "25" in message and "64" in message
+    codec, post = impl.Codec(tiny_tokenizer(), impl.Data(query_tokens=40)), impl.Post("a", "b", "c", "d " * 200)
+    more = tiny_policy("gpt2")
+    more.config.max_position_embeddings = 99
+    for readers, room in (([more], 59), ([more, tiny_scalar("gpt2")], 24), ([len, model], 24), ([len], 401)):
+        assert list(map(len, impl.author_responses(codec, [post], *readers))) == [room]
+
+
+@law(
+    "an author's summary, however long, is read by the models that score it as far as they have positions",
+    "absolute positions end", *RUN_NEEDS, "evaluate", "show_sample", "load_models",
+)  # fmt: skip
+def test_long_references_fit_those_who_read_them():
+    short = spoilt("short reader", "reward", max_position_embeddings=80)
+    train, valid = workshop() / "long train.jsonl", workshop() / "long valid.jsonl"
+    impl.write_records([post.fields() for post in toy_posts()], train)
+    impl.write_records([post.fields() | {"summary": "word " * 60} for post in toy_posts()], valid)
+    config = stage_config("long references", "ppo", "evaluate", reward_model=str(short))
+    config = replace(config, data=replace(config.data, train=train, valid=valid), ppo=ppo_config(
+        total_episodes=16, batch_size=16, num_minibatches=2, sample_every=1, baseline="value-model"))  # fmt: skip
+    calls = watched(config, "outcome_scores", "marks_of")
+    lengths = [max(map(len, arguments[4].responses)) for arguments, _ in calls["outcome_scores"]]
+    assert max(lengths) == 20 and lengths.count(20) >= 2, "the sample shown, and the evaluation"
 
 
 @law(
@@ -3378,6 +3441,9 @@ def rules() -> Path:
         "    return 1\n"
         "def prefers_the_longer(post, a, b):\n"
         "    return 0.5 if len(a) == len(b) else float(len(a) > len(b))\n"
+        "def in_float32(post, a, b):\n"
+        "    import numpy\n"
+        "    return numpy.float32(prefers_the_longer(post, a, b))\n"
     )
     return path
 
@@ -3467,8 +3533,15 @@ def test_judges_are_asked_in_both_orders():
         module = sys.modules["toy_rules"]
         kept, folder = Path("votes kept.jsonl"), Path(tempfile.mkdtemp(dir=workshop()))
         assert impl.votes(module.prefers_the_first, posts, a, b, folder / "first").tolist() == [0.5] * 4
-        assert impl.votes(module.prefers_the_longer, posts, a, b, kept).tolist() == [1, 0, 0.5, 0.5]
+        for judge in (module.in_float32, module.prefers_the_longer):
+            kept.unlink(missing_ok=True)
+            assert impl.votes(judge, posts, a, b, kept).tolist() == [1, 0, 0.5, 0.5]
         assert "0.7" in config_error(lambda: impl.votes(lambda post, a, b: 0.7, posts, a, b, folder / "odd"))
+        said = []
+        impl.votes(lambda *of: said.append(kept.read_text().count("\n")) or 1, posts[:2], b, a, kept)
+        assert said == [4, 4, 5, 5], "a vote that was paid for is kept at once"
+        kept.write_text("".join(kept.read_text().splitlines(keepends=True)[:4]))
+        Path("labeler").mkdir()
         asked = []
         once = lambda post, a, b: asked.append((post, a, b)) or 1  # noqa: E731
         impl.votes(once, posts[:1], a, b, folder / "once")
@@ -3871,6 +3944,7 @@ def test_contradictions_are_refused_with_both_numbers():
             "--ppo.baseline batch | --ppo.batch-size",
             {"ppo": impl.PPO(baseline="batch", batch_size=1, num_minibatches=1, responses_per_query=1)},
         ),
+        ("--sweep | --resume", {"sweep": ("ppo.lr", "1"), "resume": x}),
         ("--compare.policy ppo | --from-run", {"compare": impl.Compare(policy="ppo")}),
         ("--sweep ppo.lr", {"sweep": ("ppo.lr",)}),
         *(
@@ -3971,6 +4045,16 @@ def test_bad_input_gives_one_line_and_exit_code_2():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(impl, "write_json", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         assert told("--folder", here / "full") == (2, "pmo: [Errno 28] No space left on device\n")
+        terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+        patch.setattr(impl, "start", lambda config: print("π"))
+        patch.setattr(sys, "argv", ["pmo.py"])
+        patch.setattr(sys, "stdout", terminal)
+        try:
+            impl.main()
+        except UnicodeEncodeError:
+            pytest.fail("a terminal that cannot show a character ended the run")
+        terminal.flush()
+        assert terminal.buffer.getvalue() == b"?\n"
 
 
 @law(
@@ -4077,6 +4161,18 @@ def test_the_engine_is_the_one_asked_for():
     policy = tiny_policy("neox")
     with machine.autocast():
         assert policy(input_ids=torch.tensor([[1, 2]])).logits.dtype == torch.bfloat16
+    seen, layer = set(), policy.gpt_neox.layers[0].mlp.dense_h_to_4h
+    layer.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    for use in (
+        lambda: impl.batch_logprobs(policy, some_batch(), 1.0, machine),
+        lambda: impl.accumulate(machine, some_batch(), functools.partial(impl.language_model_losses, policy, 0.0)),
+    ):
+        seen.clear()
+        use()
+        assert seen == {torch.bfloat16}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        assert "torchrun" in config_error(lambda: impl.Engine.start(impl.Compute(device="cpu")))
     assert not impl.Engine.start(impl.Compute(device="cpu")).bfloat16
     if not torch.cuda.is_available():
         assert "cuda" in config_error(lambda: impl.Engine.start(impl.Compute(device="cuda")))
@@ -4185,6 +4281,7 @@ def test_both_forms_of_the_data_are_read():
     post = impl.Post("cats", "b", "c\n\nwith TL;DR: in it", "d")
     for record in (post.fields() | {"id": "t3"}, {"prompt": HUB_POST, "completion": "d<|endoftext|>"}):
         assert impl.parse_post(record) == post._replace(record=record)
+    assert impl.parse_post({"prompt": f"{HUB_POST} \n", "completion": "d"}).fields() == post.fields()
     openai = {"info": post.fields(), "summaries": [{"text": "x"}, {"text": "y"}], "choice": 1}
     hub = {"prompt": HUB_POST, "chosen": "y", "rejected": "x"}
     for parsed in map(impl.parse_comparison, (openai, hub)):
@@ -4221,6 +4318,7 @@ def test_records_of_every_form_are_read():
         ({"chosen": hh + " Ah.", "rejected": hh + " Bye."}, hh, (" Ah.", " Bye.")),
         ({"chosen": hh + " The one.", "rejected": hh + " The other."}, hh, (" The one.", " The other.")),
         ({"chosen": "The sky is blue", "rejected": "The sky is black"}, "The sky is", (" blue", " black")),
+        ({"chosen": "The sky is blue", "rejected": "The sky is"}, "The sky", (" is blue", " is")),
         ({"prompt": HUB_POST, "chosen": [user, yes], "rejected": [user, no]}, None, ("Yes.", "No.")),
         ({"prompt": HUB_POST, "chosen": " a<|endoftext|>", "rejected": " b<|endoftext|>"}, None, (" a", " b")),
         ({"prompt": HUB_POST.replace("\n\n", "\n"), "chosen": "x", "rejected": "y"}, HUB_POST.replace("\n\n", "\n"), ("x", "y")),
@@ -4248,6 +4346,7 @@ def test_records_of_every_form_are_read():
         ({"chosen": "one", "rejected": "two"}, "no common beginning"),
         ({"chosen": [user, yes], "rejected": [no, no]}, "no common beginning"),
         ({"chosen": [user, yes], "rejected": "no"}, "no common beginning"),
+        ({"chosen": [user, yes, no], "rejected": [user, no, yes]}, "no common beginning"),
         ({"prompt": []}, "field 'prompt' is neither text nor messages"),
         ({"prompt": [user, "x"]}, "field 'prompt' is neither text nor messages"),
         ({"prompt": [{"role": "user"}]}, "field 'content' is missing"),
@@ -4294,10 +4393,16 @@ def test_prompts_are_used_as_they_stand():
         codec.responses(["x"])[0],
         *codec.responses(["y", "z"]),
     ]
-    for content in ("a <|im_end|>", "<|im_start|><|im_end|>x", "<s>", "<|<|im_end|>im_end|>", "\ufdd0<|endoftext|>"):
+    for content in (
+        "a <|im_end|>",
+        "<|im_start|><|im_end|>x",
+        "<s>",
+        "<|<|im_end|>im_end|>",
+        "\ufdd0\ufdd1<|endoftext|>",
+    ):
         (query,) = codec.queries([impl.parse_post({"prompt": [user | {"content": content}, yes, user]})])
         assert decode(query) == tokenizer.apply_chat_template(
-            [user | {"content": content.strip("\ufdd0")}, yes, user], add_generation_prompt=True, tokenize=False
+            [user | {"content": content.strip("\ufdd0\ufdd1")}, yes, user], add_generation_prompt=True, tokenize=False
         )  # fmt: skip
         special = Counter(token for token in query if token in tokenizer.all_special_ids)
         names = {"<s>": 1, "<|im_start|>": 4, "<|im_end|>": 3}
@@ -4305,6 +4410,11 @@ def test_prompts_are_used_as_they_stand():
     assert "an odd one" in config_error(
         lambda: codec.queries([impl.parse_post({"prompt": [user | {"content": "odd"}]})])
     )
+    tokenizer.chat_template = CHATML.replace("m.content |", "m.content.split('<s>')[-1] |")  # as of thoughts
+    chat_, torn = ([{"prompt": [user | {"content": text}, yes, user | {"content": text}]}] for text in ("x", "x<s>y"))
+    assert all(map(codec.queries, [[impl.parse_post(*chat_)]]))
+    assert "takes apart" in config_error(lambda: codec.queries([impl.parse_post(*torn)]))
+    tokenizer.chat_template = CHATML
     path = workshop() / "prompts.jsonl"
     records = [{"prompt": f"{i} + {i} =" + " and" * 300 * (i == 7)} for i in range(120)] + [{"prompt": [user]}]
     impl.write_records(records, path)
@@ -4729,8 +4839,11 @@ def test_episodes_left_over_are_said():
 def test_high_rates_for_a_given_model_are_said():
     base = str(finished_run() / "base")
     for i, (models, rates, told) in enumerate((
-        ({"model": base}, {}, "--sft.lr, --reward.lr, --ppo.lr"), ({"sft_model": base}, {}, "--reward.lr, --ppo.lr"),
+        ({"model": base}, {}, "--sft.lr, --reward.lr, --ppo.lr, --ppo.value-lr"),
+        ({"sft_model": base}, {}, "--reward.lr, --ppo.lr, --ppo.value-lr"),
         ({"model": base}, {"sft": impl.SFT(lr=1e-5), "ppo": impl.PPO(lr=1e-6)}, "--reward.lr"), ({}, {}, ""),
+        ({"sft_model": base}, {"ppo": impl.PPO(lr=1e-6, baseline="value-model")}, "--reward.lr, --ppo.value-lr"),
+        ({"sft_model": base}, {"ppo": impl.PPO(lr=1e-6, baseline="value-head", value_lr=1e-5)}, "--reward.lr"),
     )):  # fmt: skip
         config = tiny_config(f"rates {i}", **models, **rates)
         run = impl.Run(replace(config, reward=impl.Reward(), stages=("sft", "reward", "ppo")))
@@ -4753,7 +4866,9 @@ def test_a_refused_run_leaves_no_folder():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(impl, "corpus", lambda run: run.write("data/train.jsonl", lambda path: path.write_text("{}\n")))
         config_error(lambda: impl.start(kept))
-    assert (kept.folder / "data" / "train.jsonl").exists()
+        impl.write_json({"it": "is kept"}, kept.folder / "by hand.json")
+        assert "no model" in config_error(lambda: impl.start(replace(kept, resume=kept.folder)))
+    assert (kept.folder / "data" / "train.jsonl").exists() and (kept.folder / "by hand.json").exists()
 
 
 # the corpus and its labeler
@@ -5238,9 +5353,7 @@ def test_checkpoints_come_when_they_should():
         patch.setattr(impl.time, "monotonic", lambda: now[0])
         run, parts = impl.Run(config), toy_parts()
         saved = []
-        patch.setattr(
-            run, "save_progress", lambda progress: saved.append(progress["step"]) or setattr(run, "saved", now[0])
-        )
+        patch.setattr(run, "write", lambda *of: saved.append(run.step + 1))
         run.enter("sft")
         for _ in run.steps("sft", 6, **parts):
             now[0] += 50.0
@@ -5268,8 +5381,11 @@ def test_files_are_on_the_disk_before_they_get_their_names():
     fsync, rename = os.fsync, Path.replace
 
     def logs(folder: Path) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "weights").write_text("much")
+
+    (run.folder / "model.part").mkdir()
+    (run.folder / "model.part" / "of a write that was killed").touch()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda number: events.append(os.fstat(number).st_ino) or fsync(number))
@@ -5278,6 +5394,7 @@ def test_files_are_on_the_disk_before_they_get_their_names():
         run.append("metrics.jsonl", {"a": 1})
         run.save_progress({"stage": "sft", "step": 1})
     here = {path.name: path.stat().st_ino for path in (*run.folder.rglob("*"), run.folder)}
+    assert [path.name for path in (run.folder / "model").iterdir()] == ["weights"]
     folder, first, second = (
         here[run.folder.name], events.index("rename"), len(events) - 1 - events[::-1].index("rename"),
     )  # fmt: skip
@@ -5577,7 +5694,7 @@ def test_hostile_model_folders_run_nothing():
 
     def pickled(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
-        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Bomb()}))
+        (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"weight": Bomb()}, 2))
 
     def torch_pickled(folder: Path) -> None:
         (folder / "model.safetensors").unlink()
@@ -5853,6 +5970,12 @@ def test_only_finite_weights_and_own_settings_are_saved():
     assert config_error(
         lambda: impl.save_model(tiny_policy("neox"), weights, tiny_tokenizer(), workshop() / "nan")
     ).startswith("a.weight is not finite")
+    policy, tokenizer = tiny_policy("neox"), tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<|beyond|>"})
+    assert tokenizer.pad_token_id >= policy.config.vocab_size
+    impl.save_model(policy, policy.state_dict(), tokenizer, workshop() / "pad beyond")
+    pad = json.loads((workshop() / "pad beyond" / "config.json").read_text())["pad_token_id"]
+    assert 0 <= pad < policy.config.vocab_size and pad != tokenizer.eos_token_id
     made = json.loads((impl.start(config) / "sft" / "generation_config.json").read_text())
     made = {name: value for name, value in made.items() if name not in ("transformers_version", "_from_model_config")}
     assert made == {"eos_token_id": 0, "pad_token_id": 1}, made
@@ -5961,6 +6084,11 @@ def test_users_functions_fail_in_one_line():
         ):  # fmt: skip
             judge = impl.load_function("--evaluate.judge", f"faulty:{name}")
             assert config_error(lambda judge=judge: impl.votes(judge, posts, texts, texts, Path("v"))) == said
+        Path("this.py").write_text("def f(post, response, record): return 1.0\n")  # as one of Python's own is called
+        patch.delitem(sys.modules, "this", raising=False)
+        assert impl.verified(impl.load_function(flag, "this:f"), posts, texts) == [1.0, 1.0]
+        with pytest.raises(KeyboardInterrupt):
+            impl.verified(lambda *of: (_ for _ in ()).throw(KeyboardInterrupt()), posts, texts)
         posts = [post._replace(record={"a": 1}) for post in posts]
         assert impl.verified(impl.load_function(flag, "faulty:changes"), posts, texts) == [1.0, 1.0]
         Path("its_helper.py").write_text("one = 1.0\n")
@@ -5978,6 +6106,10 @@ def test_users_functions_fail_in_one_line():
         message = config_error(lambda: impl.start(config))
         assert message.startswith(f"ppo, step 1: {flag}: SystemExit: 0 (faulty.py, line 8), for ")
         assert f"; once that is mended, --resume {config.folder} goes on" in message
+        config = replace(config, folder=config.folder.with_name("a rule without a number"))
+        config = replace(config, ppo=replace(config.ppo, reward_function="faulty:text"))
+        message = config_error(lambda: impl.start(config))
+        assert message.startswith(f"ppo, step 1: {flag} returned '1.0'") and f"--resume {config.folder}" in message
         config = stage_config("a judge that fails", "evaluate", evaluate=impl.Evaluate(judge="faulty:raises"))
         assert "KeyError: 'boom'" in config_error(lambda: impl.start(config))
         assert (config.folder / "eval.jsonl").exists(), "the summaries are lost"
@@ -6038,6 +6170,14 @@ def test_a_runs_folder_is_input():
     impl.Run(resumed)
     mine.write_bytes(mine.read_bytes()[:-1])
     assert config_error(lambda: impl.Run(resumed)) == f"--resume {folder}: {mine} is not what it was when the run began"
+    earlier = shutil.copytree(finished_run(), workshop() / "earlier")
+    config = replace(stage_config("on an earlier one", "ppo"), from_run=(earlier,))
+    resumed = replace(config, resume=impl.Run(config).folder)
+    for path in (earlier / "sft" / "config.json", earlier / "data" / "comparisons_train.jsonl"):
+        path.write_text(path.read_text() + " ")
+        assert f"{path.parent} is not what it was" in config_error(lambda: impl.Run(resumed))
+        path.write_text(path.read_text()[:-1])
+        impl.Run(resumed)
 
 
 @law(
@@ -6144,6 +6284,7 @@ def test_a_terminal_that_closes_interrupts():
     import signal
 
     config, original = stage_config("hangs up", "sft", sft=impl.SFT(epochs=1.0)), impl.Run.log
+    usual = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # who runs this under nohup ignores it
 
     def hanging_up(run, statistics) -> None:
         if run.step == 2:
@@ -6159,6 +6300,15 @@ def test_a_terminal_that_closes_interrupts():
     assert "go on with --resume" in str(end.value)
     assert signal.getsignal(signal.SIGHUP) == before
     assert torch.load(config.folder / "checkpoint.pt", weights_only=True)["step"] == 3
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(impl.Run, "log", lambda *of: os.kill(os.getpid(), signal.SIGHUP) or original(*of))
+            assert (impl.start(replace(config, folder=config.folder.with_name("under nohup"))) / "sft").exists()
+    except (KeyboardInterrupt, OSError):
+        pytest.fail("what the user had ignored ended the run")
+    finally:
+        signal.signal(signal.SIGHUP, usual)
 
 
 @law(
@@ -6373,6 +6523,8 @@ def test_models_that_cannot_share_are_found_out():
     shorter = replace(data, response_tokens=2, comparison_tokens=2)
     assert impl.shares_queries(tiny_stranger("mistral"), queries[:2], shorter), "a window of six holds 3 + 2 tokens"
     assert not impl.shares_queries(tiny_stranger("mistral"), queries, shorter), "but not 6 + 2"
+    compared = replace(shorter, comparison_tokens=5)
+    assert not impl.shares_queries(tiny_stranger("mistral"), queries[:2], compared), "nor 3 + 5"
     assert impl.shares_queries(impl.ValueHead(16), queries, data)
 
 
@@ -6807,6 +6959,8 @@ def test_update_statistics_are_what_their_names_say():
         explained = 1 - (R - values[rollout.mask]).square().mean().item() / R.var(correction=0).item()
         expected = {"policy/update_kl": kl, "val/explained_variance": explained}
         assert statistics == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    alike = replace(rollout, returns=torch.ones_like(rollout.returns))
+    assert math.isfinite(measured(alike, config, engine())["val/explained_variance"])
     config = replace(config, baseline="none", objective="adaptive", penalty_coef=0.5, target_kl=kl / 2)
     expected = {"policy/update_kl": kl, "policy/next_penalty_coef": 1.0}
     assert measured(rollout, config, engine()) == pytest.approx(expected, rel=1e-4)
@@ -6935,6 +7089,28 @@ def test_a_sweep_makes_one_table_of_runs():
 
 
 @law(
+    "a value of a sweep that stops its run is told at the end, and the others are in the table",
+    "[1] section 6", *RUN_NEEDS, "sweep",
+)  # fmt: skip
+def test_a_sweep_goes_on_where_one_value_stops():
+    config = replace(family_config("stops"), sweep=("ppo.lr", "1e-3", "2e9", "1e-4"), stages=("ppo",))
+    config = replace(config, ppo=replace(config.ppo, total_episodes=32))
+    original = impl.optimizer_step
+
+    def diverging(machine, optimizer, *of):
+        impl.refuse(optimizer.param_groups[0]["lr"] > 1, "loss is nan", impl.Stopped)
+        return original(machine, optimizer, *of)
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(impl, "optimizer_step", diverging)
+        patch.setattr(impl, "check_numbers", lambda config: None)
+        message = config_error(lambda: impl.sweep(config))
+    assert message.startswith("--sweep ppo.lr, 2e9: ppo, step 1: loss is nan; ") and "--resume" in message
+    rows = [row.split() for row in said.getvalue().rstrip().splitlines()[-3:]]
+    assert [(row[0], len(row) > 1) for row in rows] == [("1e-3", True), ("2e9", False), ("1e-4", True)]
+
+
+@law(
     "a flag, a value or a folder that is refused is refused before the first run of a sweep",
     "[1] section 6", *RUN_NEEDS, "sweep",
 )  # fmt: skip
@@ -6994,7 +7170,8 @@ def test_the_family_goes_on_after_a_kill():
 
 
 @law(
-    "two processes give the run of one with an adapted price, with a natural step, and with groups and demonstrations",
+    "two processes give the run of one with an adapted price, with a natural step, and with groups and demonstrations; and "
+    "all runs of a sweep",
     "D20, D25; README: Many processes", *RESUME_NEEDS,
 )  # fmt: skip
 def test_many_processes_give_the_family_of_one():
@@ -7006,6 +7183,12 @@ def test_many_processes_give_the_family_of_one():
         result = on_processes(2, "log", 0, *flags_of(replace(config, folder=many)))
         assert result.returncode == 0, result.stderr[-3000:]
         agrees_with(one, many, 1e-3 if name == "constraint" else 1e-4)
+    config = stage_config("on two", "evaluate")
+    result = on_processes(2, "log", 0, *flags_of(config), "--sweep", "evaluate.posts", 8, 9, 10)
+    assert result.returncode == 0, result.stderr[-3000:]
+    for posts in (8, 9, 10):
+        folder = config.folder.with_name(f"{config.folder.name}-{posts}")
+        assert json.loads((folder / "eval.json").read_text())["posts"] == posts
 
 
 # -----------------------------------------------------------------------------
@@ -7269,6 +7452,12 @@ def test_the_head_computes_in_float32(family):
     close(logits, torch.nn.functional.linear(hidden.float(), head.weight), tolerance=1e-5)
     logits.square().sum().backward()
     assert head.weight.grad.abs().sum() > 0 and head.weight.grad.dtype == torch.float32
+    scalar, values, dtypes = tiny_scalar(family), impl.ValueHead(16), set()
+    for linear in (scalar.classifier.score, values.linear):
+        linear.register_forward_hook(lambda module, inputs, output: dtypes.add(output.dtype))
+    with engine(bfloat16=True).autocast():
+        scalar.scores(layout), values(hidden)
+    assert dtypes == {torch.float32}
 
 
 @law(
@@ -7564,7 +7753,7 @@ MUTANTS = [
     Mutant("a pair fits when one text does", "test_what_fits_is_kept_whole", "max(len(a), len(b)) <= limit and", "min(len(a), len(b)) <= limit and"),
     Mutant("kinds belong to other pairs", "test_what_fits_is_kept_whole", "return rankings, [kinds for pairs in compared.values() for _, _, kinds in pairs]", "return rankings, [comparison.kinds for comparison in comparisons]"),
     Mutant("the longest summary is left out", "test_what_fits_is_kept_whole", "len(response) <= limit for p,", "len(response) < limit for p,"),
-    Mutant("the judge reads the test posts", "test_the_labeler_reads_training_posts_only", 'labeler, warm = Labeler(read_posts(run, "train")),', "labeler, warm = Labeler(posts),"),
+    Mutant("the judge reads the test posts", "test_the_labeler_reads_training_posts_only", "labeler, warm = labeler_of(run),", "labeler, warm = Labeler(posts),"),
     Mutant("the shared head does not train the trunk", "test_only_a_shared_value_head_trains_the_policy", "value_model(hidden) if", "value_model(hidden.detach()) if"),
     Mutant("the margin is rejected minus chosen", "test_the_reward_models_margin_is_chosen_minus_rejected", '"margin": ((scores[better] - scores[worse])', '"margin": ((scores[worse] - scores[better])'),
     Mutant("comparisons need no room", "test_room_is_needed_for_responses_and_comparisons", "response = max(data.response_tokens, data.comparison_tokens)", "response = data.response_tokens"),
@@ -7660,7 +7849,7 @@ MUTANTS = [
     Mutant("curves are of another run", "test_ppo_ends_with_its_curves", "self.say(sparklines(logged(self.folder)))", "self.say(sparklines([]))"),
     Mutant("a share's interval is the normal one", "test_shares_have_wilsons_interval", "p * (1 - p) / n + z * z / (4 * n * n))", "p * (1 - p) / n)"),
     Mutant("scores without EOS count as hacking", "test_bad_signs_are_said_once", '("raw_scores", "labeler"))', '("scores", "labeler"))'),
-    Mutant("the labeler watches a rule", "test_a_rule_replaces_the_reward_model", "run, \"train\")) if run.labeler_chose else None", "run, \"train\"))"),
+    Mutant("the labeler watches a rule", "test_a_rule_replaces_the_reward_model", "labeler_of(run) if run.labeler_chose else None", "labeler_of(run)"),
     Mutant("a negative KL alarms nobody", "test_bad_signs_are_said_once", 'if last["objective/kl"] < -4 *', 'if last["objective/kl"] < -400 *'),
     Mutant("the KL's error is its deviation", "test_rollout_statistics_are_what_their_names_say", "((kl.var(correction=0) + 1) / len(kl)).sqrt()", "(kl.var(correction=0) + 1).sqrt()"),
     Mutant("the KL that stops is the step's", "test_bad_signs_are_said_once", '(kl := statistics["objective/kl"])', '(kl := statistics["policy/approxkl"])'),
@@ -7719,7 +7908,7 @@ MUTANTS = [
     Mutant("the first head looks hardly anywhere", "test_a_new_models_first_head_looks_back", "(4 * D**0.5 / (1 - theta.cos())", "(0.4 * D**0.5 / (1 - theta.cos())"),
     Mutant("natural steps gain by tokens, whatever is asked", "test_a_natural_step_stays_within_the_trust_region", "math.inf), config.average)", 'math.inf), "token")'),
     Mutant("rows that are left get room for all tokens again", "test_the_cache_is_compact_and_samples_the_same", "roomy_cache(T - t)", "roomy_cache(T)"),
-    Mutant("PPO's labeler knows only posts that fit", "test_the_labeler_reads_training_posts_only", 'Labeler(read_posts(run, "train")) if run.labeler_chose', "Labeler(posts) if run.labeler_chose"),
+    Mutant("PPO's labeler knows only posts that fit", "test_the_labeler_reads_training_posts_only", "labeler_of(run) if run.labeler_chose", "Labeler(posts) if run.labeler_chose"),
     Mutant("compared texts keep an EOS that is spelled out", "test_records_of_every_form_are_read", 'text.removesuffix("<|endoftext|>") for name', "text for name"),
     Mutant("posts with other answers are other posts", "test_posts_with_one_text_are_cut_once", 'post._replace(summary="", record=None)', 'post._replace(summary="")'),
     Mutant("posts with other summaries are other posts", "test_posts_with_one_text_are_cut_once", 'post._replace(summary="", record=None)', 'post._replace(record=None)'),
@@ -7790,7 +7979,7 @@ MUTANTS = [
     Mutant("a sweep checks values as it comes to them", "test_a_sweep_refuses_before_its_first_run", 'runs = [tyro.cli(Config, args=args, default=replace(config, sweep=())) for args in given]', 'runs = (tyro.cli(Config, args=args, default=replace(config, sweep=())) for args in given)'),
     Mutant("a sweep's last scores are all of them", "test_a_sweep_makes_one_table_of_runs", '("at the end", "scores", 0.1)', '("at the end", "scores", 1.0)'),
     Mutant("a sweep's intervals are twice as wide", "test_a_sweep_makes_one_table_of_runs", "± {(high - low) / 2:.3f}", "± {high - low:.3f}"),
-    Mutant("a sweep runs its first value only", "test_a_sweep_makes_one_table_of_runs", "start(replace(r, folder", "start(replace(runs[0], folder"),
+    Mutant("a sweep runs its first value only", "test_a_sweep_makes_one_table_of_runs", "start(replace(run, folder", "start(replace(runs[0], folder"),
     Mutant("a constraint goes with everything", "test_contradictions_are_refused_with_both_numbers", 'refuse(ppo.objective == "constraint" and not plain,', "refuse(False,"),
     Mutant("a constraint goes with eight bits", "test_contradictions_are_refused_with_both_numbers", "refuse(rounded, ", "refuse(False, "),
     Mutant("minibatches may cut groups", "test_contradictions_are_refused_with_both_numbers", "refuse(size % G != 0, ", "refuse(False, "),
@@ -7864,6 +8053,44 @@ MUTANTS = [
     Mutant("empty summaries are trained on", "test_records_of_all_kinds_are_read_or_told", "bool(p.summary.strip()) and len(response)", "len(response)"),
     Mutant("the second hangup ends at once", "test_a_terminal_that_closes_interrupts", "return  # a terminal that closes", "pass  # a terminal that closes"),
     Mutant("a terminal that is gone ends the step", "test_a_terminal_that_closes_interrupts", "suppress(*[OSError] * self.interrupted)", "suppress()"),
+    # found by reading
+    Mutant("a response loses its last token, EOS or not", "test_queries_and_responses_are_formatted_as_in_the_paper", "tokens = [token for token in response if token != self.eos_id]", "tokens = response[:-1]"),
+    Mutant("of a post in few tokens the end is lost", "test_queries_and_responses_are_formatted_as_in_the_paper", "most, filled = 64 * self.data.query_tokens", "most, filled = 4 * self.data.query_tokens"),
+    Mutant("an error removes the folder of a run that was resumed", "test_a_refused_run_leaves_no_folder", "False, False, not config.resume", "False, False, True"),
+    Mutant("the evaluation reads all posts", "test_evaluation_columns_belong_to_their_models", '(x[: config.evaluate.posts] for x in read_prompts(run, "test", codec))', 'read_prompts(run, "test", codec)'),
+    Mutant("after the first checkpoint one follows each step", "test_checkpoints_come_when_they_should", 'if name not in ("model", "optim")}\n        self.saved = time.monotonic()', 'if name not in ("model", "optim")}'),
+    Mutant("of a folder the last file alone may not change", "test_a_runs_folder_is_input", ", marks.get(str(path), 0))", ")"),
+    Mutant("made data may change between kill and resume", "test_a_runs_folder_is_input", 'for name in ("data", "base", "sft", "reward", "ppo")]:', 'for name in ("base", "sft", "reward", "ppo")]:'),
+    Mutant("half a folder of a write that was killed stays", "test_files_are_on_the_disk_before_they_get_their_names", "    discard(part)\n    try:\n", "    try:\n"),
+    Mutant("what stands in padding reaches exp()", "test_kl_in_the_loss_adds_its_price", "config.temperature).masked_fill(~part.mask, 0)  # [D13]", "config.temperature)"),
+    Mutant("returns that are all alike explain nothing, infinitely", "test_update_statistics_are_what_their_names_say", "returns.var(correction=0).clamp(min=1e-8)", "returns.var(correction=0)"),
+    Mutant("training ignores the precision", "test_the_engine_is_the_one_asked_for", "            with engine.autocast():\n                shares =", "            with nullcontext():\n                shares ="),
+    Mutant("forward passes ignore the precision", "test_the_engine_is_the_one_asked_for", "        with engine.autocast():\n            parts =", "        with nullcontext():\n            parts ="),
+    Mutant("scores are read in bfloat16", "test_the_head_computes_in_float32", "enabled=False):  # eight bits would tie scores and round values\n            return self.classifier.score(hidden.float())", "enabled=True):\n            return self.classifier.score(hidden)"),
+    Mutant("a head's values are read in bfloat16", "test_the_head_computes_in_float32", "enabled=False):\n            return self.linear(hidden.float())", "enabled=True):\n            return self.linear(hidden)"),
+    Mutant("references have no room left for their query", "test_room_is_needed_for_responses_and_comparisons", "positions_of(*readers) - codec.data.query_tokens", "positions_of(*readers)"),
+    Mutant("references are as long as one of the readers can read", "test_room_is_needed_for_responses_and_comparisons", 'return min([getattr(config, "max_position', 'return max([getattr(config, "max_position'),
+    Mutant("references are as long as the policy can read", "test_long_references_fit_those_who_read_them", "author_responses(codec, posts, *scorers.values())", 'author_responses(codec, posts, policies["SFT"])'),
+    Mutant("a reference that is shown is as long as the policy can read", "test_long_references_fit_those_who_read_them", "author_responses(codec, [post], models.reward_model)", "author_responses(codec, [post], models.policy)"),
+    Mutant("the pad id has no row in the embedding", "test_only_finite_weights_and_own_settings_are_saved", "if token != eos and token < size]", "if token != eos]"),
+    Mutant("whether compared texts can share is not asked", "test_models_that_cannot_share_are_found_out", "[-2:], max(data.response_tokens, data.comparison_tokens)", "[-2:], data.response_tokens"),
+    Mutant("a Hub prompt ends without a blank", "test_both_forms_of_the_data_are_read", "\\n\\nTL;DR:\\s*", "\\n\\nTL;DR:"),
+    Mutant("of two texts the longer is their common beginning", "test_records_of_every_form_are_read", "if a != b), min(len(one), len(other)))", "if a != b), len(one))"),
+    Mutant("conversations of one length have one prompt", "test_records_of_every_form_are_read", "elif not prompt and one[:-1] == other[:-1]:", "elif not prompt and len(one) == len(other) and one[0] == other[0]:"),
+    Mutant("nohup does not help", "test_a_terminal_that_closes_interrupts", "for each in heard if signal.getsignal(each) is not signal.SIG_IGN}", "for each in heard}"),
+    Mutant("an installed module comes before the user's", "test_users_functions_fail_in_one_line", "    sys.path.insert(0, here)\n", "    sys.path.append(here)\n"),
+    Mutant("Ctrl-C is a fault of the user's function", "test_users_functions_fail_in_one_line", "except (KeyboardInterrupt, InputError):\n        raise", "except InputError:\n        raise"),
+    Mutant("processes that do not know of each other are runs of their own", "test_the_engine_is_the_one_asked_for", "refuse(lost, ", "refuse(False, "),
+    Mutant("a sweep resumes", "test_contradictions_are_refused_with_both_numbers", 'refuse(bool(self.sweep) and self.resume is not None, "--sweep makes', 'refuse(False, "--sweep makes'),
+    Mutant("an ASCII terminal ends the run", "test_bad_input_gives_one_line_and_exit_code_2", 'sys.stdout.reconfigure(errors="replace")', "sys.stdout.reconfigure()"),
+    Mutant("votes wait in memory", "test_judges_are_asked_in_both_orders", "file=file, flush=True)\n    return np", "file=file)\n    return np"),
+    Mutant("a folder called labeler is the judge", "test_judges_are_asked_in_both_orders", 'if row == "judge" and Path(judge).is_dir():', "if Path(judge).is_dir():"),
+    Mutant("the sweep's table has wins against the author", "test_the_report_names_the_winner_at_each_temperature", 'if "against SFT" in item[0]]', "]"),
+    Mutant("a special token's spelling may be torn", "test_prompts_are_used_as_they_stand", 'refuse(bool({SEAM, END} & {*"".join(parts)}), torn)', "refuse(False, torn)"),
+    Mutant("one value ends a sweep", "test_a_sweep_goes_on_where_one_value_stops", "except Stopped as error:  # what one", "except ConnectionError as error:  # what one"),
+    Mutant("a value that stopped is forgotten", "test_a_sweep_goes_on_where_one_value_stops", "refuse(bool(stopped), ", "refuse(False, "),
+    Mutant("a blind labeler says nothing", "test_the_labeler_reads_training_posts_only", "[few] * (len(posts) < 20)", "[few] * (len(posts) < 2)"),
+    Mutant("a value model's high rate is not said", "test_high_rates_for_a_given_model_are_said", 'config.ppo.learns_values and config.ppo.value_lr == PPO.value_lr', 'False'),
 ]  # fmt: skip
 
 
