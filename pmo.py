@@ -2886,7 +2886,6 @@ class Run:
     def load_progress(self) -> None:
         """Begin where the checkpoint was written, and forget what was logged later: it will be logged again."""
         path = self.folder / STATE
-        refuse(not path.exists(), f"--resume {self.folder} has no {STATE}, so it is finished; --from-run can use it")
         with one_line(f"{path} is not usable, --from-run can use what is finished"):  # weights_only: no code runs
             state = self.progress = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             sizes = [state["sizes"].get(name, 0) for name in LOGS]
@@ -2916,9 +2915,8 @@ class Run:
             self.say(f"note: --ppo.total-episodes {config.ppo.total_episodes}: the last {left} are no whole batch")
         learning = [each for each in ("sft", "reward", "ppo") if each in config.stages and not config.is_given(each)]
         rates = [f"--{each}.lr" for each in learning if getattr(config, each).lr == getattr(Config, each).lr]
-        rates += ["--ppo.value-lr"] * (
-            "ppo" in learning and config.ppo.learns_values and config.ppo.value_lr == PPO.value_lr
-        )
+        if "ppo" in learning and config.ppo.learns_values and config.ppo.value_lr == PPO.value_lr:
+            rates.append("--ppo.value-lr")
         if rates and (config.model or config.sft_model):
             self.say(f"note: {', '.join(rates)}: for small models from scratch; a pretrained one wants a hundredth")
         for folder in config.from_run:
@@ -3051,6 +3049,7 @@ def stored(folder: Path) -> dict:
 def continued(folder: Path, config: Config) -> tuple[dict, list[str]]:
     """What config.json will say of a run that goes on, and what has changed: --compute may, and learning rates."""
     record, now = stored(folder), json.loads(json.dumps(provenance(config), default=str))
+    refuse(not (folder / STATE).exists(), f"--resume {folder} has no {STATE}, so it is finished; --from-run can use it")
     was, flags = flags_of(record["config"]), flags_of(now["config"])
     changed = [flag for flag in flags if flags[flag] != was.get(flag) and flag not in ("--folder", "--resume")]
     told = {flag: f"{flag} was {was.get(flag)}, is {flags[flag]}" for flag in changed}
@@ -3316,6 +3315,8 @@ def sweep(config: Config) -> None:
         try:
             start(replace(run, folder=folder))
         except Stopped as error:  # what one value does is a finding; the others are still to be seen
+            if dist.is_initialized():  # but other processes may not have stopped
+                raise
             stopped.append(f"--sweep {flag}, {value}: {error}")
     if first:
         rows = [{flag: value} | outcome(folder) for value, folder in zip(values, folders)]
@@ -3338,7 +3339,7 @@ def outcome(folder: Path) -> dict[str, str]:
     if (folder / "eval.json").exists():
         record = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
         against = [item for item in record["comparisons"].items() if "against SFT" in item[0]]
-        for pair, figures in against[:2]:  # alike in temperature
+        for pair, figures in against[:2]:  # both at one temperature
             for name, (mean, low, high) in figures.items():
                 cells[f"{name} {pair.split()[1]}"] = f"{mean:.3f} ± {(high - low) / 2:.3f}"
     return cells

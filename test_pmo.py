@@ -3095,6 +3095,8 @@ def test_reward_accuracies_are_shares_of_pairs():
         assert {kind: n for kind, (_, n) in result.items()} == {k: len(x) for k, x in expected.items()}
         for kind, rights in expected.items():
             assert result[kind][0] == pytest.approx(sum(rights) / len(rights))
+    named = [("all",), *kinds[1:]]  # as a batch of the user's may be called
+    assert impl.reward_accuracies(model, pairs, named, engine())["all"] == result["all"]
 
 
 @law(
@@ -3186,7 +3188,7 @@ def test_comparisons_are_all_pairs_at_their_temperature():
     query_of = {post.post: tuple(query) for post, query in zip(posts, codec.queries(posts))}
     assert len(drafts) == 40 and set(drafts) != {query_of[post.post] for post in posts[:40]}, "not the first posts"
     path = workshop() / "runs" / "all pairs" / "data" / "comparisons_train.jsonl"
-    kinds, strange, compared = Counter(), 0, Counter()
+    kinds, strange, compared, first = Counter(), 0, Counter(), set()
     for line in path.read_text().splitlines():
         record = json.loads(line)
         judged, mine = impl.parse_comparison(record), drafts[query_of[record["info"]["post"]]]
@@ -3195,6 +3197,7 @@ def test_comparisons_are_all_pairs_at_their_temperature():
             compared[query_of[record["info"]["post"]], judged.chosen, judged.rejected] += 1
         else:
             by = {summary["policy"]: summary["text"] for summary in record["summaries"]}
+            first.add(next(iter(by)))
             others = {texts[0] for query, texts in drafts.items() if query != query_of[record["info"]["post"]]}
             assert by["sft"] == mine[0] and by["other post"] in others - {mine[0]}
             strange += by["other post"] not in mine
@@ -3205,7 +3208,7 @@ def test_comparisons_are_all_pairs_at_their_temperature():
             if a != b and one and other:  # an empty text is no summary
                 expected[(query, one, other) if a > b else (query, other, one)] += 1
     assert compared == expected and max(expected.values()) <= 3 and expected.total() > 2 * 40
-    assert len(kinds) == 2 and strange > kinds["other post vs sft",] / 2
+    assert len(kinds) == 2 and strange > kinds["other post vs sft",] / 2 and len(first) == 2
 
 
 @law(
@@ -4045,6 +4048,12 @@ def test_bad_input_gives_one_line_and_exit_code_2():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(impl, "write_json", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         assert told("--folder", here / "full") == (2, "pmo: [Errno 28] No space left on device\n")
+        patch.setattr(impl, "start", lambda config: (_ for _ in ()).throw(torch.OutOfMemoryError("2 GiB")))
+        try:
+            code, said = told()
+        except torch.OutOfMemoryError:
+            pytest.fail("too little memory is told by a traceback")
+        assert code == 2 and "--compute.micro-batch-size" in said and "2 GiB" in said
         terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
         patch.setattr(impl, "start", lambda config: print("π"))
         patch.setattr(sys, "argv", ["pmo.py"])
@@ -4865,10 +4874,9 @@ def test_a_refused_run_leaves_no_folder():
     kept = replace(config, folder=config.folder.with_name("refused later"), stages=("corpus", "sft"), data=impl.Data())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(impl, "corpus", lambda run: run.write("data/train.jsonl", lambda path: path.write_text("{}\n")))
-        config_error(lambda: impl.start(kept))
-        impl.write_json({"it": "is kept"}, kept.folder / "by hand.json")
-        assert "no model" in config_error(lambda: impl.start(replace(kept, resume=kept.folder)))
-    assert (kept.folder / "data" / "train.jsonl").exists() and (kept.folder / "by hand.json").exists()
+        for resume in (None, kept.folder):
+            assert "no model" in config_error(lambda resume=resume: impl.start(replace(kept, resume=resume)))
+            assert (kept.folder / "data" / "train.jsonl").exists()
 
 
 # the corpus and its labeler
@@ -5258,7 +5266,7 @@ def test_resuming_something_else_is_refused():
     other = replace(config, resume=folder, seed=2, sft=replace(config.sft, epochs=3.0, lr=1.0))
     message = config_error(lambda: impl.Run(other))
     assert f"--seed was {config.seed}, is 2; --sft.epochs was {config.sft.epochs}, is 3.0" in message
-    assert "lr" not in message and "reward" not in message
+    assert "lr was" not in message and "--reward" not in message
     for flag in (
         "optimizer.max_grad_norm",
         "optimizer.beta2",
@@ -5283,6 +5291,8 @@ def test_resuming_something_else_is_refused():
     assert not proof.exists()
     (folder / "checkpoint.pt").unlink()
     assert "finished" in config_error(lambda: impl.Run(replace(config, resume=folder)))
+    assert "finished" in config_error(lambda: impl.Run(replace(config, resume=finished_run())))
+    assert not (finished_run() / "lock").exists()
 
 
 def toy_training(run, mine: dict, last: int = 9) -> list[int]:
@@ -5865,6 +5875,15 @@ def test_every_weight_of_a_folder_is_accounted_for():
         message = config_error(lambda: load(folder))
         kind = "reward model" if load is reward else "policy"
         assert message.startswith(f"{folder}: not a {kind}; of its weights {said}"), message
+    load_pretrained = impl.load_pretrained
+
+    def quantized(*of: object, **options: object):
+        model, info = load_pretrained(*of, **options)
+        return model.requires_grad_(False), info
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(impl, "load_pretrained", quantized)
+        assert "none of its weights can be trained" in config_error(lambda: policy(finished_run() / "sft"))
     adapter = spoilt("adapter")
     (adapter / "adapter_config.json").write_text("{}")
     assert config_error(lambda: policy(adapter)) == f"{adapter}: an adapter: merge it into its model first"
@@ -8091,6 +8110,11 @@ MUTANTS = [
     Mutant("a value that stopped is forgotten", "test_a_sweep_goes_on_where_one_value_stops", "refuse(bool(stopped), ", "refuse(False, "),
     Mutant("a blind labeler says nothing", "test_the_labeler_reads_training_posts_only", "[few] * (len(posts) < 20)", "[few] * (len(posts) < 2)"),
     Mutant("a value model's high rate is not said", "test_high_rates_for_a_given_model_are_said", 'config.ppo.learns_values and config.ppo.value_lr == PPO.value_lr', 'False'),
+    Mutant("the stranger's text always stands last", "test_comparisons_are_all_pairs_at_their_temperature", "stranger, tie, i % 2 == 0)", "stranger, tie, False)"),
+    Mutant("a batch called all is all", "test_reward_accuracies_are_shares_of_pairs", "groups = ours | theirs | ours  #", "groups = ours | theirs  #"),
+    Mutant("too little memory is a traceback", "test_bad_input_gives_one_line_and_exit_code_2", "except torch.OutOfMemoryError as error:", "except MemoryError as error:"),
+    Mutant("weights that no step can change are trained", "test_every_weight_of_a_folder_is_accounted_for", "refuse(not any(p.requires_grad for p in model.parameters()), f", "refuse(False, f"),
+    Mutant("who resumes a finished run leaves a lock there", "test_resuming_something_else_is_refused", "    refuse(not (folder / STATE).exists(), f\"--resume", "    refuse(False, f\"--resume"),
 ]  # fmt: skip
 
 
