@@ -1948,10 +1948,8 @@ def test_queries_and_responses_are_formatted_as_in_the_paper():
     assert decode(response) == " A summary.<|endoftext|>"
     assert tokenizer.eos_token_id not in query and response.count(tokenizer.eos_token_id) == 1
     assert codec.text(response) == codec.text(response[:-1]) == "A summary."
-    (long,) = codec.queries(
-        [impl.Post("cats", "a title", "\n\nPOST:" * 150, "")]
-    )  # in few tokens, of seven letters each
-    assert decode(long).count("\n\nPOST:") == 151
+    (query,) = codec.queries([impl.Post("cats", "a title", "\n\nPOST:" * 150, "")])
+    assert decode(query).count("\n\nPOST:") == 151, "a post of few tokens, of seven letters each, fits"
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
 
 
@@ -3393,15 +3391,13 @@ def test_room_is_needed_for_responses_and_comparisons():
 )  # fmt: skip
 def test_long_references_fit_those_who_read_them():
     short = spoilt("short reader", "reward", max_position_embeddings=80)
-    train, valid = workshop() / "long train.jsonl", workshop() / "long valid.jsonl"
-    impl.write_records([post.fields() for post in toy_posts()], train)
-    impl.write_records([post.fields() | {"summary": "word " * 60} for post in toy_posts()], valid)
+    posts = workshop() / "long references.jsonl"
+    impl.write_records([post.fields() | {"summary": "word " * 60} for post in toy_posts()], posts)
     config = stage_config("long references", "ppo", "evaluate", reward_model=str(short))
-    config = replace(config, data=replace(config.data, train=train, valid=valid), ppo=ppo_config(
+    config = replace(config, data=replace(config.data, train=posts, valid=posts), ppo=ppo_config(
         total_episodes=16, batch_size=16, num_minibatches=2, sample_every=1, baseline="value-model"))  # fmt: skip
-    calls = watched(config, "outcome_scores", "marks_of")
-    lengths = [max(map(len, arguments[4].responses)) for arguments, _ in calls["outcome_scores"]]
-    assert max(lengths) == 20 and lengths.count(20) >= 2, "the sample shown, and the evaluation"
+    written = [responses for _, responses in watched(config, "author_responses")["author_responses"]]
+    assert [{*map(len, responses)} for responses in written] == [{20}] * 3, "values' level, a sample, the evaluation"
 
 
 @law(
@@ -4420,9 +4416,10 @@ def test_prompts_are_used_as_they_stand():
         lambda: codec.queries([impl.parse_post({"prompt": [user | {"content": "odd"}]})])
     )
     tokenizer.chat_template = CHATML.replace("m.content |", "m.content.split('<s>')[-1] |")  # as of thoughts
-    chat_, torn = ([{"prompt": [user | {"content": text}, yes, user | {"content": text}]}] for text in ("x", "x<s>y"))
-    assert all(map(codec.queries, [[impl.parse_post(*chat_)]]))
-    assert "takes apart" in config_error(lambda: codec.queries([impl.parse_post(*torn)]))
+    whole, torn = (impl.parse_post({"prompt": [user | {"content": text}, yes, user]}) for text in ("x y", "x<s>y"))
+    assert "x y<|im_end|>" in decode(codec.queries([whole])[0])
+    for post in (torn, torn._replace(prompt=[*torn.prompt, *torn.prompt])):  # half of one spelling, of two
+        assert "takes apart" in config_error(lambda post=post: codec.queries([post]))
     tokenizer.chat_template = CHATML
     path = workshop() / "prompts.jsonl"
     records = [{"prompt": f"{i} + {i} =" + " and" * 300 * (i == 7)} for i in range(120)] + [{"prompt": [user]}]
@@ -5363,7 +5360,7 @@ def test_checkpoints_come_when_they_should():
         patch.setattr(impl.time, "monotonic", lambda: now[0])
         run, parts = impl.Run(config), toy_parts()
         saved = []
-        patch.setattr(run, "write", lambda *of: saved.append(run.step + 1))
+        patch.setattr(run, "write", lambda name, save: saved.append(save.args[0]["step"]))
         run.enter("sft")
         for _ in run.steps("sft", 6, **parts):
             now[0] += 50.0
@@ -7112,7 +7109,7 @@ def test_a_sweep_makes_one_table_of_runs():
     "[1] section 6", *RUN_NEEDS, "sweep",
 )  # fmt: skip
 def test_a_sweep_goes_on_where_one_value_stops():
-    config = replace(family_config("stops"), sweep=("ppo.lr", "1e-3", "2e9", "1e-4"), stages=("ppo",))
+    config = replace(family_config("stops"), sweep=("ppo.lr", "1e-3", "2", "1e-4"), stages=("ppo",))
     config = replace(config, ppo=replace(config.ppo, total_episodes=32))
     original = impl.optimizer_step
 
@@ -7122,11 +7119,10 @@ def test_a_sweep_goes_on_where_one_value_stops():
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
         patch.setattr(impl, "optimizer_step", diverging)
-        patch.setattr(impl, "check_numbers", lambda config: None)
         message = config_error(lambda: impl.sweep(config))
-    assert message.startswith("--sweep ppo.lr, 2e9: ppo, step 1: loss is nan; ") and "--resume" in message
+    assert message.startswith("--sweep ppo.lr, 2: ppo, step 1: loss is nan; ") and "--resume" in message
     rows = [row.split() for row in said.getvalue().rstrip().splitlines()[-3:]]
-    assert [(row[0], len(row) > 1) for row in rows] == [("1e-3", True), ("2e9", False), ("1e-4", True)]
+    assert [(row[0], len(row) > 1) for row in rows] == [("1e-3", True), ("2", False), ("1e-4", True)]
 
 
 @law(
@@ -8091,6 +8087,7 @@ MUTANTS = [
     Mutant("references are as long as one of the readers can read", "test_room_is_needed_for_responses_and_comparisons", 'return min([getattr(config, "max_position', 'return max([getattr(config, "max_position'),
     Mutant("references are as long as the policy can read", "test_long_references_fit_those_who_read_them", "author_responses(codec, posts, *scorers.values())", 'author_responses(codec, posts, policies["SFT"])'),
     Mutant("a reference that is shown is as long as the policy can read", "test_long_references_fit_those_who_read_them", "author_responses(codec, [post], models.reward_model)", "author_responses(codec, [post], models.policy)"),
+    Mutant("references that level the values are as long as the policy can read", "test_long_references_fit_those_who_read_them", "for i in some], value_model)", "for i in some], policy)"),
     Mutant("the pad id has no row in the embedding", "test_only_finite_weights_and_own_settings_are_saved", "if token != eos and token < size]", "if token != eos]"),
     Mutant("whether compared texts can share is not asked", "test_models_that_cannot_share_are_found_out", "[-2:], max(data.response_tokens, data.comparison_tokens)", "[-2:], data.response_tokens"),
     Mutant("a Hub prompt ends without a blank", "test_both_forms_of_the_data_are_read", "\\n\\nTL;DR:\\s*", "\\n\\nTL;DR:"),
